@@ -1,0 +1,1 @@
+"""Triton kernels, one file per pass; `launch` holds their parameters, `host` calls them on tensors."""

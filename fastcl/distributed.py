@@ -1,0 +1,124 @@
+"""Ranks: agreement before work, gather of rows and of one number a row, and the gradient contract.
+
+Forward returns the loss of the global batch, the same on every rank. Backward returns, for the local rows,
+W * dL/dz with `grad_reduction="mean"` (what DistributedDataParallel's averaging expects) or dL/dz with "sum":
+after the reduction every parameter, the temperature too, has the gradient that one process would compute.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def resolve_group(name: str, group) -> dist.ProcessGroup | None:
+    """The process group to work over, or None for this process alone.
+
+    None is the default group where one is initialised; "local" is this rank alone.
+    """
+    if isinstance(group, str) and group == "local":
+        return None
+    available = dist.is_available() and dist.is_initialized()
+    if group is None:
+        group = dist.group.WORLD if available else None
+    elif isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"{name}: group must be a one-dimensional DeviceMesh, got {group.ndim} dimensions")
+        group = group.get_group()
+    elif not (available and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f'{name}: group must be None, "local", a ProcessGroup or a DeviceMesh, got {type(group).__name__}'
+        )
+    return None if group is None or dist.get_world_size(group) == 1 else group
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank's place among ranks that hold counts[r] rows each."""
+
+    group: dist.ProcessGroup
+    counts: tuple[int, ...]
+    rank: int
+    grad_factor: float
+
+    @property
+    def first_row(self) -> int:
+        """The gathered position of this rank's row 0."""
+        return sum(self.counts[: self.rank])
+
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """All ranks' rows [sum(counts), ...] in rank order; equal counts move nothing but the rows."""
+        most = max(self.counts)
+        padded = x.contiguous()
+        if x.shape[0] != most:
+            # all_gather of unequal shapes is undefined: pad to the largest rank, then cut.
+            padded = x.new_zeros((most, *x.shape[1:]))
+            padded[: x.shape[0]] = x
+        out = x.new_empty((most * len(self.counts), *x.shape[1:]))
+        dist.all_gather_into_tensor(out, padded, group=self.group)
+        if min(self.counts) == most:
+            return out
+        return torch.cat([part[:count] for part, count in zip(out.split(most), self.counts, strict=True)])
+
+    gather_vector = gather_rows
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks of a number, the same bits on every rank."""
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+
+def agree(
+    name: str, group: dist.ProcessGroup, check: Callable[[], tuple[Tensor, object]], grad_reduction: str
+) -> Ranks:
+    """Run `check` on every rank and exchange its outcome, so that all ranks raise together or none does.
+
+    `check` validates this rank's arguments and returns (rows of one view, temperature). A rank that raised
+    alone would leave the others waiting in a collective until it times out.
+    """
+    error: Exception | None = None
+    count = d = dtype = setting = 0
+    try:
+        x, temperature = check()
+        count, d, dtype = 2 * x.shape[0], x.shape[1], DTYPES.index(x.dtype)
+        if not isinstance(temperature, Tensor):
+            setting = struct.unpack("q", struct.pack("d", temperature))[0]
+    except (TypeError, ValueError) as caught:
+        error = caught
+    device = torch.device("cpu")
+    if dist.get_backend(group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    mine = torch.tensor([error is not None, count, d, dtype, setting], dtype=torch.int64, device=device)
+    every = mine.new_empty(dist.get_world_size(group), mine.numel())
+    dist.all_gather_into_tensor(every, mine, group=group)
+    rows = every.tolist()
+    if error is not None:
+        raise error
+    failed = [rank for rank, row in enumerate(rows) if row[0]]
+    if failed:
+        raise ValueError(f"{name}: arguments must be valid on every rank, got an error on rank {failed[0]}")
+    for index, what in ((2, "feature dimension D"), (3, "dtype"), (4, "temperature")):
+        values = [row[index] for row in rows]
+        if len(set(values)) > 1:
+            raise ValueError(f"{name}: {what} must be equal on all ranks, got {_show(what, values)}")
+    counts = tuple(row[1] for row in rows)
+    if sum(counts) == 0:
+        raise ValueError(f"{name}: z1 and z2 must have at least one row over all ranks, got none")
+    factor = float(len(counts)) if grad_reduction == "mean" else 1.0
+    return Ranks(group, counts, dist.get_rank(group), factor)
+
+
+def _show(what: str, values: list[int]) -> list:
+    if what == "dtype":
+        return [str(DTYPES[value]) for value in values]
+    if what == "temperature":
+        return [struct.unpack("d", struct.pack("q", value))[0] for value in values]
+    return values

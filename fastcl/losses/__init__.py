@@ -1,0 +1,1 @@
+"""One file per loss family: the mathematics, the checks and the composition of the primitives."""

@@ -1,0 +1,74 @@
+"""Argument checks shared by the losses: before any kernel, without waiting for the device.
+
+TypeError for types and dtypes, ValueError for the rest. Every message names the function, the argument, what
+was expected and what was got.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+GRAD_REDUCTIONS = ("mean", "sum")
+EXCHANGES = ("gather",)
+
+
+def one_of(name: str, argument: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        expected = " or ".join(f'"{choice}"' for choice in allowed)
+        raise ValueError(f"{name}: {argument} must be {expected}, got {value!r}")
+
+
+def rows(name: str, argument: str, x: object) -> None:
+    """x is a dense floating matrix [N, D] with D >= 1."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {x.layout}")
+    if x.dtype not in FLOATING:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise TypeError(f"{name}: {argument} must be one of {expected}, got {x.dtype}")
+    if x.ndim != 2:
+        raise ValueError(f"{name}: {argument} must have shape [N, D], got {list(x.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name}: {argument} must have D of at least 1, got shape {list(x.shape)}")
+
+
+def pair(name: str, z1: object, z2: object) -> None:
+    """z1 and z2 are two views [N, D] of the same shape, dtype and device. N = 0 passes: a rank may be empty."""
+    rows(name, "z1", z1)
+    rows(name, "z2", z2)
+    if z1.shape != z2.shape:
+        raise ValueError(
+            f"{name}: z1 and z2 must have the same shape [N, D], got {list(z1.shape)} and {list(z2.shape)}"
+        )
+    if z1.dtype != z2.dtype:
+        raise TypeError(f"{name}: z1 and z2 must have the same dtype, got {z1.dtype} and {z2.dtype}")
+    if z1.device != z2.device:
+        raise ValueError(f"{name}: z1 and z2 must be on the same device, got {z1.device} and {z2.device}")
+
+
+def positive(name: str, argument: str, value: object, device: torch.device) -> None:
+    """A positive finite number, or a one-element floating tensor of one.
+
+    The value of a CUDA tensor is not read: that would wait for the device. A bad one there gives a NaN loss.
+    """
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name}: {argument} must be a floating tensor, got {value.dtype}")
+        if value.numel() != 1:
+            raise ValueError(f"{name}: {argument} must have one element, got shape {list(value.shape)}")
+        if value.device != device and not (value.device.type == "cpu" and value.ndim == 0):
+            raise ValueError(f"{name}: {argument} must be on {device}, got {value.device}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {argument} must be a number or a one-element tensor, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: {argument} must be positive and finite, got {value}")

@@ -1,0 +1,143 @@
+"""Two views against all rows of the batch: the autograd.Function under every two-view contrastive loss.
+
+    loss_i = lse_coef * log(1 + exp(x_i)) - rest_coef * <z_i, z_p(i)>,      i over M = 2N rows, p(i) the partner
+    x_i = log sum_{k != i, p(i)} exp(s <z_i, z_k>) - s <z_i, z_p(i)>
+
+with z the stacked (normalised) views. NT-Xent is lse_coef = 1, rest_coef = 0, because lse_i - S_i,p(i) is
+log(1 + exp(x_i)); other weightings of alignment and distribution are other coefficients, never another kernel.
+
+The kernels leave the positive out of the sum. Were it in, the loss of a well-trained pair would be the difference
+of two nearly equal numbers, and its gradient 1 - p with p rounded to 16 bits; so both are exact to the last digits.
+
+The gradient of row i needs the log-sum-exp of every row, and no gradient of another rank's rows: over ranks the
+forward gathers rows, the backward gathers one number a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .. import ops
+from ..distributed import Ranks
+
+
+class _RaiseOnBackward(torch.autograd.Function):
+    """Identity on gradients whose own derivative is not implemented."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, name: str, *grads: Tensor | None):
+        ctx.name = name
+        return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_):
+        raise RuntimeError(
+            f"{ctx.name}: double backward is not supported; "
+            "use fastcl.reference for a version that differentiates twice"
+        )
+
+
+class TwoViewLoss(torch.autograd.Function):
+    """(x1, x2, scale, lse_coef, rest_coef) -> sum of loss_i over all ranks, or this rank's loss_i [2n].
+
+    A coefficient of None is its NT-Xent value. Never materialised: anything of M x M. Saved for backward:
+    z [2n, D], the gathered rows (many ranks), and a few vectors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x1: Tensor,  # [n, D]
+        x2: Tensor,  # [n, D]
+        scale: Tensor,  # []
+        lse_coef: Tensor | None,  # []
+        rest_coef: Tensor | None,  # []
+        bound: float,
+        normalize: bool,
+        reduce: bool,
+        ranks: Ranks | None,
+        name: str,
+    ) -> Tensor:
+        z, rnorm, pos = ops.normalize_pair(x1, x2, normalize)
+        columns = None if ranks is None else ranks.gather_rows(z)
+        # One number a row: float64 is free, and nothing below rounds what the kernels computed.
+        pos = torch.cat([pos, pos]).double()
+        offset = 0 if ranks is None else ranks.first_row
+        # One pair alone has no negatives: x = -inf, loss 0 and gradient 0, to the bit.
+        x = ops.lse_forward(z, columns, scale, bound, offset, x1.shape[0]) - scale * pos
+        rows = _log1p_exp(x)
+        if lse_coef is not None:
+            rows = lse_coef * rows
+        if rest_coef is not None:
+            rows = rows - rest_coef * pos
+        ctx.save_for_backward(z, columns, rnorm, pos, x, scale, lse_coef, rest_coef)
+        ctx.bound, ctx.reduce, ctx.ranks, ctx.name = bound, reduce, ranks, name
+        ctx.dtype = x1.dtype
+        if not reduce:
+            return rows.to(scale.dtype)
+        loss = rows.sum()
+        return (loss if ranks is None else ranks.sum(loss)).to(scale.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor):
+        with torch.no_grad():
+            grads = _two_view_backward(ctx, grad)
+        if torch.is_grad_enabled():
+            # Under create_graph: whoever differentiates these is told, instead of getting zeros.
+            grads = _RaiseOnBackward.apply(ctx.name, *(g if g is None else g.requires_grad_() for g in grads))
+        return *grads, None, None, None, None, None
+
+
+def _log1p_exp(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact at both ends (torch's softplus cuts off at 20, which float64 can see)."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _upstream(ctx: FunctionCtx, grad: Tensor):
+    """(grad, w, w_columns): the upstream gradient as a number times row weights in [-1, 1], None for all ones.
+
+    The number stays outside the kernels and in fp32: 1 / M inside a 16-bit weight would flush to zero.
+    """
+    ranks: Ranks | None = ctx.ranks
+    if ctx.reduce:
+        return (grad if ranks is None else grad * ranks.grad_factor), None, None
+    w_columns = grad if ranks is None else ranks.gather_vector(grad)
+    peak = w_columns.abs().amax()
+    peak = torch.where(peak == 0, torch.ones_like(peak), peak)
+    return peak, grad / peak, w_columns / peak
+
+
+def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
+    z, columns, rnorm, pos, x, scale, lse_coef, rest_coef = ctx.saved_tensors
+    ranks: Ranks | None = ctx.ranks
+    grad, w, w_columns = _upstream(ctx, grad)
+    softplus = _log1p_exp(x)
+    lse = scale * pos + softplus
+    # float32 over the wire: half a unit in its last place is what ranks may differ by.
+    lse_columns = None if ranks is None else ranks.gather_vector(lse.to(scale.dtype))
+    offset = 0 if ranks is None else ranks.first_row
+    if ranks is None:
+        w_columns = None
+    grad_lse = ops.lse_backward(
+        z, columns, scale, ctx.bound, offset, z.shape[0] // 2, lse, lse_columns, w, w_columns
+    )
+    # Of the positive: 1 - p, as the share of the negatives.
+    lse_grad = grad if lse_coef is None else grad * lse_coef
+    pull_grad = lse_grad * scale
+    share = torch.sigmoid(x) if w is None else w * torch.sigmoid(x)
+    pull = pull_grad * share
+    if rest_coef is not None:
+        pull = pull + grad * rest_coef * (1.0 if w is None else w)
+    dx1, dx2, rowdot = ops.pair_backward(z, rnorm, grad_lse, pull_grad, pull.to(scale.dtype), ctx.dtype)
+    d_scale = d_lse = d_rest = None
+    dtype = scale.dtype
+    if ctx.needs_input_grad[2]:
+        # Each S_ik stands in row i and in row k of grad_lse, hence the half.
+        d_scale = (lse_grad * (0.5 * rowdot - share * pos).sum()).to(dtype)
+    if ctx.needs_input_grad[3]:
+        d_lse = (grad * (softplus if w is None else w * softplus).sum()).to(dtype)
+    if ctx.needs_input_grad[4]:
+        d_rest = (-grad * (pos if w is None else w * pos).sum()).to(dtype)
+    return dx1, dx2, d_scale, d_lse, d_rest

@@ -1,0 +1,187 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and report registers, spills and instructions.
+
+    python tests/aot_report.py            one configuration a kernel, sm_90
+    python tests/aot_report.py --all      the whole launch table, sm_80, sm_90 and sm_100
+    python tests/aot_report.py --json     the same as JSON lines
+
+Exit status 1 if any kernel spills registers to memory or does not use matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastcl.kernels import launch
+from fastcl.kernels.lse_backward import lse_backward_kernel, lse_weight_kernel, row_weight_kernel
+from fastcl.kernels.lse_rows import lse_combine_kernel, lse_rows_kernel
+from fastcl.kernels.lse_symmetric import lse_symmetric_kernel
+from fastcl.kernels.rows import normalize_pair_kernel, pair_backward_kernel
+
+ARCHS = launch.GENERATIONS
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
+# Shared memory a program may have (bytes): the smallest of the data-centre chips of each generation.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OPCODES = ("MUFU.EX2", "FFMA", "FADD", "FMUL", "SHFL", "UTMALDG", "LDGSTS", "LDL", "STL")
+WIDE = 768  # the d that stands for every width that is read in chunks
+
+
+def matrix_cases(arch: int):
+    """(label, kernel, signature types, constants, tile) of every matrix pass in the launch table."""
+    kernels = {
+        "lse_symmetric": (lse_symmetric_kernel, ({},)),
+        "lse_rows": (lse_rows_kernel, ({"ONLINE_MAX": False}, {"ONLINE_MAX": True})),
+        "lse_backward": (lse_backward_kernel, ({"ONLINE_MAX": False}, {"ONLINE_MAX": True})),
+        "lse_weight": (lse_weight_kernel, ({"ONLINE_MAX": False}, {"ONLINE_MAX": True})),
+    }
+    for name, (kernel, variants) in kernels.items():
+        for itemsize, widths in launch.TABLE[name].items():
+            dtypes = ("fp16", "bf16") if itemsize == 2 else ("fp32",)
+            precisions = ("tf32",) if itemsize == 2 else ("tf32x3", "tf32")
+            for width, dtype, variant, precision in itertools.product(widths, dtypes, variants, precisions):
+                yield matrix_case(name, kernel, dtype, width, widths[width][arch], precision, variant)
+
+
+def matrix_case(name, kernel, dtype, width, tile, precision, variant):
+    constants = {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d,
+        "CHUNKED": width is None,
+        "PRECISION": precision,
+        "WEIGHT_BITS": 14 if dtype == "fp16" else 0,
+        "FLUSH": launch.FLUSH_TILES,
+        "HAS_COL": True,
+        "CHECK_RANGE": False,
+        "p_norms": None,
+        **variant,
+    }
+    types = {
+        "d_row": f"tensordesc<{dtype}[{tile.block_m},{tile.block_d}]>",
+        "d_col": f"tensordesc<{dtype}[{tile.block_n},{tile.block_d}]>",
+        "p_out": f"*{dtype}" if name == "lse_weight" else "*fp32",
+    }
+    label = {
+        "kernel": name + (" online" if variant.get("ONLINE_MAX") else ""),
+        "dtype": dtype if dtype != "fp32" else f"fp32 {precision}",
+        "d": f"<= {width}" if width else f"{WIDE}, chunks of {tile.block_d}",
+        "tile": f"{tile.block_m}x{tile.block_n}",
+        "warps": tile.num_warps,
+        "stages": tile.num_stages,
+    }
+    return label, kernel, types, constants, tile.options, True
+
+
+def row_cases():
+    """The row-local kernels, whose programs hold a few rows of up to 4,096 features."""
+    for d in (128, 4096):
+        block_m, block_d = launch.row_block(d)
+        for dtype, z in (("fp16", "fp16"), ("bf16", "fp16"), ("fp32", "fp32")):
+            constants = {"NORMALIZE": True, "BLOCK_M": block_m, "BLOCK_D": block_d, "p_w": None}
+            types = {n: f"*{dtype}" for n in ("p_x1", "p_x2", "p_dx1", "p_dx2")} | {"p_z": f"*{z}"}
+            for name, kernel in (("normalize_pair", normalize_pair_kernel), ("pair_backward", pair_backward_kernel)):
+                label = {"kernel": name, "dtype": dtype, "d": f"<= {d}", "tile": f"{block_m}x{block_d}"}
+                options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+                yield label | {"warps": 8, "stages": 1}, kernel, types, constants, options, False
+    for name, kernel in (("row_weight", row_weight_kernel), ("lse_combine", lse_combine_kernel)):
+        constants = {"BLOCK_M": 128, "WEIGHT_BITS": 14, "ONLINE_MAX": True, "CHECK_RANGE": False}
+        constants |= {"p_w": None, "p_norms": None}
+        label = {"kernel": name, "dtype": "fp32", "d": "-", "tile": "128", "warps": 4, "stages": 1}
+        yield label, kernel, {}, constants, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}, False
+
+
+def compile_case(case, arch: int) -> dict:
+    label, kernel, types, constants, options, is_matrix = case
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature, attrs = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
+        elif name.startswith("p_"):
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name == "log2_cols" else "i32"
+        # What a launch sees: torch aligns its allocations, and usual widths are multiples of 16.
+        if signature[name].startswith("*") or name in ("d", "stride_z"):
+            attrs[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attrs)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return label | {"arch": f"sm_{arch}"} | resources(binary, arch, is_matrix)
+
+
+def resources(binary, arch: int, is_matrix: bool) -> dict:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    counts = {op: len(re.findall(rf"\b{re.escape(op)}\b", sass)) for op in OPCODES}
+    matrix = len(re.findall(rf"\b{MATRIX[arch]}\b", sass))
+    shared = binary.metadata.shared
+    spills = stack + counts.pop("LDL") + counts.pop("STL")
+    problem = []
+    if spills:
+        problem.append("spills")
+    if is_matrix and not matrix:
+        problem.append("no matrix instructions")
+    if shared > SHARED[arch]:
+        problem.append("shared memory")
+    return {"registers": registers, "stack": stack, "shared": shared, "matrix": matrix, **counts, "problem": problem}
+
+
+def select_cases(arch: int, everything: bool, only: str) -> list:
+    """All cases of an architecture, or of each kernel the width and type that most people train with."""
+    cases = [case for case in (*matrix_cases(arch), *row_cases()) if only in case[0]["kernel"]]
+    if everything:
+        return cases
+    chosen = {case[0]["kernel"]: case for case in reversed(cases)}
+    chosen |= {case[0]["kernel"]: case for case in cases if case[0]["d"] == "<= 128" and case[0]["dtype"] == "fp16"}
+    return list(chosen.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="the whole launch table on every architecture")
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of a markdown table")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--arch", type=int, action="append", help="architectures, such as 90")
+    args = parser.parse_args()
+    archs = args.arch or (ARCHS if args.all else (90,))
+    count = failed = 0
+    header = None
+    for arch in archs:
+        for case in select_cases(arch, args.all, args.only):
+            row = compile_case(case, arch)
+            count += 1
+            failed += bool(row["problem"])
+            if args.json:
+                print(json.dumps(row), flush=True)
+                continue
+            if header is None:
+                header = list(row)
+                print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
+            row["problem"] = ", ".join(row["problem"]) or "none"
+            print("| " + " | ".join(str(row[name]) for name in header) + " |", flush=True)
+    if not args.json:
+        print(f"\n{count} compiled, {failed} with a problem")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

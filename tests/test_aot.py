@@ -1,0 +1,39 @@
+"""Ahead-of-time compilation, without a GPU: zero spills, matrix instructions, tiles that are not toys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fastcl.kernels import launch  # noqa: E402
+
+REPORT = Path(__file__).with_name("aot_report.py")
+
+
+def test_one_configuration_of_each_kernel():
+    """In a process of its own: this one may have decorated the kernels for the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, REPORT, "--json", "--arch", "90"], capture_output=True, text=True, env=environment, timeout=600
+    )
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert rows, result.stderr
+    for row in rows:
+        print({key: row[key] for key in ("kernel", "dtype", "d", "tile", "registers", "stack", "matrix")})
+    bad = [row for row in rows if row["problem"]]
+    assert not bad, bad
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", launch.TABLE)
+def test_sixteen_bit_tiles_are_not_toys(name):
+    for width, tiles in launch.TABLE[name][2].items():
+        for generation, tile in tiles.items():
+            assert tile.block_m >= 64 and tile.block_n >= 64, (name, width, generation)

@@ -1,0 +1,82 @@
+"""The op registrations: schemas, fake implementations, torch.compile, dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastcl import _native, info, nt_xent, ops
+
+OPCHECK = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def samples(dtype=torch.float32, normalize=True):
+    """Arguments of every op, as nt_xent calls them."""
+    x1, x2 = torch.randn(2, 9, 5).to(dtype)
+    z, rnorm, pos = ops.normalize_pair(x1, x2, normalize)
+    scale = torch.tensor(3.0, dtype=z.dtype)
+    lse = ops.lse_forward(z, None, scale, 3.0, 0, 9)
+    grad = ops.lse_backward(z, None, scale, 3.0, 0, 9, lse, None, None, None)
+    w = torch.rand(18, dtype=z.dtype)
+    yield ops.normalize_pair, (x1, x2, normalize)
+    yield ops.lse_forward, (z, None, scale, 3.0, 0, 9)
+    yield ops.lse_forward, (z[4:], z, scale, -1.0, 4, 7)
+    yield ops.lse_backward, (z, None, scale, 3.0, 0, 9, lse, None, None, None)
+    yield ops.lse_backward, (z[4:], z, scale, -1.0, 4, 7, lse[4:], lse, w[4:], w)
+    yield ops.lse_backward, (z[4:], z, scale, -1.0, 4, 7, lse[4:], None, None, None)
+    yield ops.pair_backward, (z, rnorm, grad, scale, w, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_opcheck(dtype, normalize):
+    for op, args in samples(dtype, normalize):
+        torch.library.opcheck(op, args, test_utils=OPCHECK)
+
+
+def test_schemas_agree():
+    """What is registered, by C++ or by Python, is what ops.SCHEMAS says."""
+    for name, schema in ops.SCHEMAS.items():
+        registered = torch._C.parse_schema(str(getattr(ops, name)._schema))
+        stated = torch._C.parse_schema(f"fastcl::{name}{schema}")
+        assert registered == stated, f"{name}: {registered} != {stated}"
+
+
+def test_backends_say_why():
+    served = ops.backends()
+    assert served["cpu"].startswith("C++" if _native.LOADED else "chunked torch")
+    assert _native.REASON in served["cpu"]
+    assert served["cpu"] in info.report() or "chunked torch" in info.report() or "C++" in info.report()
+
+
+@pytest.mark.parametrize("tensor_temperature", [False, True])
+def test_compile_fullgraph(tensor_temperature):
+    def step(a, b, t):
+        return nt_xent(a * 2, b, t)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    for n in (8, 13, 21):
+        a, b = torch.randn(2, n, 6)
+        t = torch.tensor(0.2, requires_grad=True) if tensor_temperature else 0.2
+        results = []
+        for function in (step, compiled):
+            x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+            loss = function(x, y, t)
+            leaves = (x, y, t) if tensor_temperature else (x, y)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(other, eager)
+
+
+def test_interface_of_empty_ranks():
+    """Ranks may hold no rows: every op takes none."""
+    x = torch.empty(0, 5)
+    z, rnorm, pos = ops.normalize_pair(x, x, True)
+    columns = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
+    scale = torch.tensor(3.0)
+    lse = ops.lse_forward(z, columns, scale, 3.0, 2, 0)
+    columns_lse = ops.lse_forward(columns, None, scale, 3.0, 0, 3)
+    grad = ops.lse_backward(z, columns, scale, 3.0, 2, 0, lse, columns_lse, None, None)
+    dx1, dx2, rowdot = ops.pair_backward(z, rnorm, grad, scale, lse, torch.float32)
+    assert lse.shape == (0,) and grad.shape == (0, 5) and dx1.shape == dx2.shape == (0, 5) and rowdot.shape == (0,)

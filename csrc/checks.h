@@ -1,0 +1,70 @@
+// Argument checks shared by the C++ ops. The public Python functions validate with friendlier
+// messages; these guard direct calls of torch.ops.fastcl.*.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+namespace fastcl {
+
+inline void check_matrix(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 2, op, ": ", name, " must be a matrix, got shape ", x.sizes());
+}
+
+inline void check_shape(const char* op, const char* name, const at::Tensor& x,
+                        at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(x.sizes() == expected, op, ": ", name, " must have shape ", expected, ", got ",
+                    x.sizes());
+}
+
+inline void check_dtype(const char* op, const char* name, const at::Tensor& x,
+                        at::ScalarType expected) {
+  TORCH_CHECK_TYPE(x.scalar_type() == expected, op, ": ", name, " must be ", expected, ", got ",
+                   x.scalar_type());
+}
+
+// Kernels calculate in float32 or float64 and nothing else.
+inline void check_compute_dtype(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op, ": ", name,
+                   " must be float32 or float64, got ", x.scalar_type());
+}
+
+inline void check_vector(const char* op, const char* name, const at::Tensor& x, int64_t length,
+                         at::ScalarType dtype) {
+  check_shape(op, name, x, {length});
+  check_dtype(op, name, x, dtype);
+}
+
+// One number a row, in the precision of the op that made it or of the wire it came over.
+inline void check_lse(const char* op, const char* name, const at::Tensor& x, int64_t length) {
+  check_shape(op, name, x, {length});
+  check_compute_dtype(op, name, x);
+}
+
+inline void check_scalar(const char* op, const char* name, const at::Tensor& x,
+                         at::ScalarType dtype) {
+  check_shape(op, name, x, {});
+  check_dtype(op, name, x, dtype);
+}
+
+// The operands of the similarity ops: a [R, D], b [C, D] or none (symmetric).
+inline void check_operands(const char* op, const at::Tensor& a, const std::optional<at::Tensor>& b,
+                           const at::Tensor& scale, int64_t offset, int64_t pair) {
+  check_matrix(op, "a", a);
+  check_compute_dtype(op, "a", a);
+  check_scalar(op, "scale", scale, a.scalar_type());
+  if (b.has_value()) {
+    check_matrix(op, "b", *b);
+    check_dtype(op, "b", *b, a.scalar_type());
+    TORCH_CHECK_VALUE(b->size(1) == a.size(1), op, ": a and b must have as many columns, got ",
+                      a.sizes(), " and ", b->sizes());
+  } else {
+    TORCH_CHECK_VALUE(offset == 0, op, ": offset must be 0 without b, got ", offset);
+  }
+  TORCH_CHECK_VALUE(pair == 0 || 2 * pair == a.size(0), op, ": pair must be 0 or half of ",
+                    a.size(0), " rows, got ", pair);
+}
+
+}  // namespace fastcl

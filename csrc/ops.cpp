@@ -1,0 +1,53 @@
+// Table of contents of the native extension: the op schemas, and the Python module.
+// Kernels: cpu/<op>.cpp. Fake implementations and autograd live in Python.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+#include "cpu/simd.h"
+
+TORCH_LIBRARY(fastcl, m) {
+  m.def("normalize_pair(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lse_forward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, int pair) -> Tensor");
+  m.def(
+      "lse_backward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, int pair, "
+      "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b) -> Tensor");
+  m.def(
+      "pair_backward(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor lse_coef, Tensor pull, "
+      "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  return "msvc " + std::to_string(_MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = compiler();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["simd"] = fastcl::cpu::simd_level();
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "CPU kernels of fastcl; importing it registers torch.ops.fastcl.*";
+  m.def("build_info", &build_info,
+        "Compiler, torch and C++ versions of this build, and the instruction set in use.");
+}

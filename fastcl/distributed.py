@@ -8,6 +8,7 @@ after the reduction every parameter, the temperature too, has the gradient that 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,12 +78,13 @@ class Ranks:
 
 
 def agree(
-    name: str, group: dist.ProcessGroup, check: Callable[[], tuple[Tensor, object]], grad_reduction: str
+    name: str, group: dist.ProcessGroup, check: Callable[[], tuple[Tensor, object]], settings: dict[str, object]
 ) -> Ranks:
     """Run `check` on every rank and exchange its outcome, so that all ranks raise together or none does.
 
-    `check` validates this rank's arguments and returns (rows of one view, temperature). A rank that raised
-    alone would leave the others waiting in a collective until it times out.
+    `check` validates this rank's arguments and returns (rows of one view, temperature); `settings` are those that
+    all ranks must pass alike. A rank that raised alone, or took another path, would leave the others waiting in a
+    collective until it times out.
     """
     error: Exception | None = None
     count = d = dtype = setting = 0
@@ -96,10 +98,11 @@ def agree(
     device = torch.device("cpu")
     if dist.get_backend(group) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    mine = torch.tensor([error is not None, count, d, dtype, setting], dtype=torch.int64, device=device)
-    every = mine.new_empty(dist.get_world_size(group), mine.numel())
+    hashes = [zlib.crc32(repr(value).encode()) for value in settings.values()]
+    mine = torch.tensor([error is not None, count, d, dtype, setting, *hashes], dtype=torch.int64, device=device)
+    every = mine.new_empty(dist.get_world_size(group) * mine.numel())
     dist.all_gather_into_tensor(every, mine, group=group)
-    rows = every.tolist()
+    rows = every.view(-1, mine.numel()).tolist()
     if error is not None:
         raise error
     failed = [rank for rank, row in enumerate(rows) if row[0]]
@@ -109,10 +112,14 @@ def agree(
         values = [row[index] for row in rows]
         if len(set(values)) > 1:
             raise ValueError(f"{name}: {what} must be equal on all ranks, got {_show(what, values)}")
+    for index, (what, value) in enumerate(settings.items(), 5):
+        other = [rank for rank, row in enumerate(rows) if row[index] != hashes[index - 5]]
+        if other:
+            raise ValueError(f"{name}: {what} must be equal on all ranks, got {value!r} but not on rank {other[0]}")
     counts = tuple(row[1] for row in rows)
     if sum(counts) == 0:
         raise ValueError(f"{name}: z1 and z2 must have at least one row over all ranks, got none")
-    factor = float(len(counts)) if grad_reduction == "mean" else 1.0
+    factor = float(len(counts)) if settings["grad_reduction"] == "mean" else 1.0
     return Ranks(group, counts, dist.get_rank(group), factor)
 
 

@@ -78,5 +78,5 @@ def test_interface_of_empty_ranks():
     lse = ops.lse_forward(z, columns, scale, 3.0, 2, 0)
     columns_lse = ops.lse_forward(columns, None, scale, 3.0, 0, 3)
     grad = ops.lse_backward(z, columns, scale, 3.0, 2, 0, lse, columns_lse, None, None)
-    dx1, dx2, rowdot = ops.pair_backward(z, rnorm, grad, scale, lse, torch.float32)
+    dx1, dx2, rowdot = ops.pair_backward(z, rnorm, grad, scale, lse.float(), torch.float32)
     assert lse.shape == (0,) and grad.shape == (0, 5) and dx1.shape == dx2.shape == (0, 5) and rowdot.shape == (0,)

@@ -71,8 +71,8 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
     "lse_backward": {
         2: {
             64: _everywhere(Tile(128, 64, 64, 8, 3)) | {90: Tile(128, 128, 64, 8, 3)},
-            128: {80: Tile(64, 64, 128, 4, 3), 90: Tile(64, 128, 128, 4, 2), 100: Tile(64, 64, 128, 8, 2)},
-            256: _everywhere(Tile(64, 64, 256, 8, 2)) | {100: Tile(64, 64, 256, 8, 1)},
+            128: _everywhere(Tile(64, 64, 128, 8, 2)) | {90: Tile(64, 128, 128, 4, 2)},
+            256: _everywhere(Tile(64, 64, 256, 8, 1)) | {90: Tile(64, 64, 256, 8, 2)},
         },
         4: {},
     },

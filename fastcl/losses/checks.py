@@ -6,7 +6,7 @@ was expected and what was got.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +24,18 @@ def one_of(name: str, argument: str, value: object, allowed: Sequence[str]) -> N
         raise ValueError(f"{name}: {argument} must be {expected}, got {value!r}")
 
 
+def flag(name: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
+
+
 def rows(name: str, argument: str, x: object) -> None:
     """x is a dense floating matrix [N, D] with D >= 1."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got {kind}")
     if x.dtype not in FLOATING:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"{name}: {argument} must be one of {expected}, got {x.dtype}")
@@ -61,6 +67,8 @@ def positive(name: str, argument: str, value: object, device: torch.device) -> N
     if isinstance(value, Tensor):
         if value.dtype not in FLOATING:
             raise TypeError(f"{name}: {argument} must be a floating tensor, got {value.dtype}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}")
         if value.numel() != 1:
             raise ValueError(f"{name}: {argument} must have one element, got shape {list(value.shape)}")
         if value.device != device and not (value.device.type == "cpu" and value.ndim == 0):
@@ -70,5 +78,6 @@ def positive(name: str, argument: str, value: object, device: torch.device) -> N
         value = value.item()
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {argument} must be a number or a one-element tensor, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    # Not math.isfinite, which raises on integers beyond the range of a float.
+    if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}: {argument} must be positive and finite, got {value}")

@@ -108,6 +108,8 @@ class NTXentLoss(nn.Module):
     ):
         super().__init__()
         checks.positive("NTXentLoss", "temperature", temperature, torch.device("cpu"))
+        checks.flag("NTXentLoss", "learnable_temperature", learnable_temperature)
+        checks.flag("NTXentLoss", "normalize", normalize)
         self.log_temperature = None
         self._temperature = float(temperature)
         if learnable_temperature:
@@ -132,7 +134,7 @@ class NTXentLoss(nn.Module):
         return nt_xent(z1, z2, self.temperature, **self.settings)
 
     def extra_repr(self) -> str:
-        shown = [f"temperature={float(self.temperature):.4g}"]
+        shown = [f"temperature={torch.as_tensor(self.temperature).item():.4g}"]
         if self.log_temperature is not None:
             shown.append("learnable_temperature=True")
         defaults = {"normalize": True, "reduction": "mean", "group": None, "grad_reduction": "mean", "exchange": "gather"}

@@ -31,8 +31,7 @@ def two_view_loss(
     """The loss of ops.similarity.TwoViewLoss with (lse_coef, rest_coef) = coefficients(1 / temperature)."""
 
     def check():
-        if not isinstance(normalize, bool):
-            raise TypeError(f"{name}: normalize must be a bool, got {type(normalize).__name__}")
+        checks.flag(name, "normalize", normalize)
         checks.pair(name, z1, z2)
         checks.positive(name, "temperature", temperature, z1.device)
         checks.one_of(name, "reduction", reduction, checks.REDUCTIONS)
@@ -47,7 +46,8 @@ def two_view_loss(
             raise ValueError(f"{name}: z1 and z2 must have at least one row, got shape {list(z1.shape)}")
         ranks, total = None, 2 * z1.shape[0]
     else:
-        ranks = distributed.agree(name, process_group, check, grad_reduction)
+        settings = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+        ranks = distributed.agree(name, process_group, check, settings)
         total = sum(ranks.counts)
 
     dtype = compute_dtype(z1.dtype)

@@ -1,0 +1,67 @@
+# Needs python3 (3.11 or later), a C++ compiler and make. The environments are made on first use and kept until one
+# of the files that they depend on changes.
+
+PYTHON := python3
+PY := .venv/bin/python
+PIP := -m pip --disable-pip-version-check install --quiet
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help demo demo-seeds test test-aot test-floor mutants bench gpu clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: .venv/.examples .venv/.fastcl ## train SimCLR on digits, check the linear probe, write results/demo/report.md
+	$(PY) examples/demo.py --out results/demo
+
+demo-seeds: .venv/.examples .venv/.fastcl ## the demo with three seeds, and the mean of their linear probes
+	$(PY) examples/demo.py --out results/demo-seeds --seeds 0 1 2
+
+test: .venv/.examples .venv/.fastcl ## run the tests, list the skipped ones with reasons
+	$(PY) -m pytest tests -rs
+
+test-aot: .venv/.fastcl ## compile the whole launch table ahead of time for sm_80, sm_90 and sm_100
+	$(PY) tests/aot_report.py --all
+
+test-floor: .venv-floor/.ready ## kernel tests with the oldest Triton that is supported
+	.venv-floor/bin/python -m pytest tests/test_kernels*.py -rs
+
+mutants: .venv/.examples .venv/.fastcl ## break the library on purpose, one patch at a time: each must turn a test red
+	$(PY) tests/mutants/run.py
+
+bench: .venv/.examples .venv/.fastcl ## CPU benchmarks against eager PyTorch
+	$(PY) -m pytest benchmarks --benchmark-only
+
+gpu: ## tests, tuning and benchmarks on this machine's GPU, with its own python3 and PyTorch
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) benchmarks/gpu.py --out benchmarks/results
+
+clean: ## remove environments, builds and results
+	rm -rf .venv .venv-floor build dist results *.egg-info .pytest_cache .benchmarks fastcl/_C*.so fastcl/_C_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp file per step, so that a changed pin or source repeats that step alone.
+
+.venv/.base: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3: expected 3.11 or later, got " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(PY) $(PIP) -c constraints.txt torch triton numpy pybind11 ninja setuptools wheel build pytest pytest-benchmark
+	touch $@
+
+.venv/.examples: .venv/.base
+	$(PY) $(PIP) -c constraints.txt pillow pyyaml safetensors scikit-learn matplotlib tqdm
+	$(PY) $(PIP) -c constraints.txt --no-deps torchvision timm
+	touch $@
+
+.venv/.fastcl: .venv/.base $(SOURCES)
+	$(PY) $(PIP) --no-build-isolation --no-deps -e .
+	$(PY) -m fastcl.info
+	touch $@
+
+# Triton 3.6's interpreter does not work with numpy 2.4. The library is imported from the working tree.
+.venv-floor/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-floor
+	grep -v -E '^(numpy|triton)==' constraints.txt > .venv-floor/constraints.txt
+	.venv-floor/bin/python $(PIP) -c .venv-floor/constraints.txt torch triton==3.6.0 'numpy<2.4' pytest
+	touch $@

@@ -1,0 +1,73 @@
+"""LARS, parameter groups, learning-rate scaling and the schedule."""
+
+import math
+
+import torch
+
+from .errors import UsageError
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive SGD, as SimCLR uses it.
+
+    For a parameter w with gradient g:  u = g + weight_decay * w;  r = trust * |w| / |u| (1 where a norm is 0);
+    v = momentum * v + lr * r * u;  w = w - v.  Groups with adapt=False take r = 1.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001, adapt=True):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=adapt))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, group)
+        return loss
+
+    def _update(self, weight, group):
+        update = weight.grad.add(weight, alpha=group["weight_decay"])
+        if group["adapt"]:
+            weight_norm, update_norm = weight.norm(), update.norm()
+            ratio = group["trust"] * weight_norm / update_norm
+            update = update * torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+        state = self.state[weight]
+        if "velocity" not in state:
+            state["velocity"] = torch.zeros_like(weight)
+        # The learning rate goes into the velocity, so that a change of it acts on new gradients alone.
+        velocity = state["velocity"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
+        weight.sub_(velocity)
+
+
+def parameter_groups(model, weight_decay):
+    """Weights with decay; biases and batch-norm parameters (all the one-dimensional ones) without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    return [dict(params=weights, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+
+
+def build_optimizer(name, model, lr, weight_decay):
+    groups = parameter_groups(model, weight_decay)
+    if name == "adam":
+        return torch.optim.AdamW(groups, lr=lr)  # AdamW is Adam where weight_decay is 0, and decays apart from it
+    if name == "lars":
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=lr)
+    raise UsageError(f"--optimizer: expected adam or lars, got {name}")
+
+
+def scaled_lr(lr, batch, scaling):
+    """`sqrt` multiplies by the square root of the global batch, `none` takes `lr` as it is."""
+    return lr * math.sqrt(batch) if scaling == "sqrt" else lr
+
+
+def warmup_cosine(step, steps, warmup):
+    """Factor of the learning rate at `step` (from 0): linear up to 1 over `warmup` steps, then cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

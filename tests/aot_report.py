@@ -35,14 +35,20 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 OPCODES = ("MUFU.EX2", "FFMA", "FADD", "FMUL", "SHFL", "UTMALDG", "LDGSTS", "LDL", "STL")
 WIDE = 768  # the d that stands for every width that is read in chunks
 
+# The host knows the path, or the device chooses from the norms.
+FIXED = {"ONLINE_MAX": False, "CHECK_RANGE": False, "p_norms": None}
+FIXED_CHECKED = {"ONLINE_MAX": False, "CHECK_RANGE": True}
+ONLINE_CHECKED = {"ONLINE_MAX": True, "CHECK_RANGE": True}
+
 
 def matrix_cases(arch: int):
     """(label, kernel, signature types, constants, tile) of every matrix pass in the launch table."""
     kernels = {
-        "lse_symmetric": (lse_symmetric_kernel, ({},)),
-        "lse_rows": (lse_rows_kernel, ({"ONLINE_MAX": False}, {"ONLINE_MAX": True})),
-        "lse_backward": (lse_backward_kernel, ({"ONLINE_MAX": False}, {"ONLINE_MAX": True})),
-        "lse_weight": (lse_weight_kernel, ({"ONLINE_MAX": False}, {"ONLINE_MAX": True})),
+        "lse_symmetric": (lse_symmetric_kernel, (FIXED, FIXED_CHECKED)),
+        "lse_rows": (lse_rows_kernel, (FIXED, ONLINE_CHECKED)),
+        "lse_backward": (lse_backward_kernel, (FIXED,)),
+        "lse_backward_online": (lse_backward_kernel, (ONLINE_CHECKED,)),
+        "lse_weight": (lse_weight_kernel, (FIXED, ONLINE_CHECKED)),
     }
     for name, (kernel, variants) in kernels.items():
         for itemsize, widths in launch.TABLE[name].items():
@@ -62,8 +68,6 @@ def matrix_case(name, kernel, dtype, width, tile, precision, variant):
         "WEIGHT_BITS": 14 if dtype == "fp16" else 0,
         "FLUSH": launch.FLUSH_TILES,
         "HAS_COL": True,
-        "CHECK_RANGE": False,
-        "p_norms": None,
         **variant,
     }
     types = {
@@ -72,7 +76,7 @@ def matrix_case(name, kernel, dtype, width, tile, precision, variant):
         "p_out": f"*{dtype}" if name == "lse_weight" else "*fp32",
     }
     label = {
-        "kernel": name + (" online" if variant.get("ONLINE_MAX") else ""),
+        "kernel": name.removesuffix("_online") + " online" * variant["ONLINE_MAX"] + " checked" * (variant is FIXED_CHECKED),
         "dtype": dtype if dtype != "fp32" else f"fp32 {precision}",
         "d": f"<= {width}" if width else f"{WIDE}, chunks of {tile.block_d}",
         "tile": f"{tile.block_m}x{tile.block_n}",

@@ -200,20 +200,22 @@ def lse_backward(a, b, scale, bound: float, offset: int, pair: int, lse_a, lse_b
         col_side = _row_weights(lse_b, w_b, reach, weight_bits)
     constants = {"HAS_COL": has_col, "PRECISION": _precision(a.dtype)}
     operands = (a, b, *row_side, *col_side)
-    config = launch.tile("lse_backward", a)
-    if config is None:
-        return _backward_wide(operands, offset, pair, reach, constants, weight_bits)
-    return _backward_tiles(operands, offset, pair, reach, constants, weight_bits, config[0])
+    backward = _backward_wide if launch.tile("lse_backward", a) is None else _backward_tiles
+    return backward(operands, offset, pair, reach, constants, weight_bits)
 
 
-def _backward_tiles(operands, offset: int, pair: int, reach, constants: dict, weight_bits: int, tile: launch.Tile):
+def _backward_tiles(operands, offset: int, pair: int, reach: _Range, constants: dict, weight_bits: int):
     a, b, *sides = operands
     (rows, d), cols = a.shape, b.shape[0]
-    row_blocks = triton.cdiv(rows, tile.block_m)
-    splits, per_split = _split(row_blocks, triton.cdiv(cols, tile.block_n), launch.MAX_GRAD_PARTIALS)
+    tiles = {path: launch.tile("lse_backward_online" if path else "lse_backward", a)[0] for path in reach.paths}
+    # Where both paths are launched either writes the same partial gradients; a split without columns writes zeros.
+    row_blocks = min(triton.cdiv(rows, tile.block_m) for tile in tiles.values())
+    col_blocks = min(triton.cdiv(cols, tile.block_n) for tile in tiles.values())
+    splits, _ = _split(row_blocks, col_blocks, launch.MAX_GRAD_PARTIALS)
     part = a.new_empty((splits, rows, d), dtype=torch.float32)
-    for online_max in reach.paths:
-        lse_backward_kernel[(row_blocks, splits)](
+    for online_max, tile in tiles.items():
+        per_split = triton.cdiv(triton.cdiv(cols, tile.block_n), splits)
+        lse_backward_kernel[(triton.cdiv(rows, tile.block_m), splits)](
             _descriptor(a, tile.block_m, tile.block_d), _descriptor(b, tile.block_n, tile.block_d),
             reach.scale, reach.norms, *sides, part, rows, cols, d, offset, pair, per_split, reach.log2_cols,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WEIGHT_BITS=weight_bits,

@@ -76,6 +76,15 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
         },
         4: {},
     },
+    # Two exponentials an element need more registers.
+    "lse_backward_online": {
+        2: {
+            64: _everywhere(Tile(128, 64, 64, 8, 3)),
+            128: _everywhere(Tile(64, 64, 128, 8, 2)) | {90: Tile(64, 64, 128, 4, 3)},
+            256: _everywhere(Tile(64, 64, 256, 8, 1)) | {90: Tile(64, 64, 256, 8, 2)},
+        },
+        4: {},
+    },
     "lse_weight": {
         2: {None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)}},
         4: {None: _everywhere(Tile(64, 32, 32, 8, 2)) | {90: Tile(64, 64, 32, 8, 2)}},

@@ -1,0 +1,220 @@
+"""What `gpu.py` found, as markdown and as a plot. Every part copes with what is missing: a run may end early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import report
+
+BOTH = "forward + backward"
+COLOURS = {"fastcl": "#1b6ca8", "eager": "#c8553d", "compiled": "#6b8f3c"}
+LABELS = {"fastcl": "fastcl", "eager": "eager PyTorch", "compiled": "torch.compile"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What forward + backward should reach on an H200."""
+
+    dtype: str
+    d: int
+    m: int
+    ms: float
+    gib: float | None = None
+    ratio: float | None = None
+
+
+TARGETS = (
+    Target("bf16", 128, 8192, ms=0.15),
+    Target("bf16", 128, 65536, ms=5.8, ratio=10.0),
+    Target("bf16", 128, 1048576, ms=1500.0, gib=4.0),
+)
+
+
+def case_of(results: dict, dtype: str, d: int, m: int, other: str = "eager") -> dict | None:
+    for case in results.get("cases", []):
+        if (case["dtype"], case["d"], case["m"], case["other"]) == (dtype, d, m, other):
+            return case
+    return None
+
+
+def _ms(case: dict | None, side: str, label: str = BOTH) -> dict | None:
+    return case["sides"].get(side, {}).get("ms", {}).get(label) if case else None
+
+
+def _against(value: float | None, limit: float | None, at_most: bool = True) -> str:
+    """A measured value beside its target, and whether it is met."""
+    if limit is None:
+        return "-"
+    bound = f"{'<=' if at_most else '>='} {limit:g}"
+    if value is None:
+        return f"not measured ({bound})"
+    met = value <= limit if at_most else value >= limit
+    return f"{value:.4g} ({bound}: {'met' if met else 'MISSED'})"
+
+
+def targets(results: dict) -> str:
+    rows = []
+    for target in TARGETS:
+        case = case_of(results, target.dtype, target.d, target.m)
+        side = case["sides"].get("fastcl", {}) if case else {}
+        ours, graph, peak = _ms(case, "fastcl"), side.get("graph_ms"), side.get("peak_extra_bytes")
+        quotient = case.get("ratio", {}).get(BOTH) if case else None
+        rows.append([
+            f"{target.dtype}, D={target.d}, M={target.m:,}",
+            _against(ours and ours["median"], target.ms),
+            f"{graph['median']:.4g}" if graph else "-",
+            _against(peak and peak / 2**30, target.gib),
+            _against(quotient and quotient["median"], target.ratio, at_most=False),
+        ])  # fmt: skip
+    return report.table(["case", "ms", "ms in a CUDA graph", "GiB", "times faster than eager"], rows)
+
+
+def _error(side: dict) -> str:
+    if "error_vs_fp64" in side:
+        found = side["error_vs_fp64"]
+        return f"{found['loss']:.1e} / {found['gradient']:.1e} / {found['worst row']:.1e}"
+    return "-"
+
+
+def _why(side: dict) -> str:
+    if "error" in side:
+        return "failed"
+    return side.get("skipped", "-")
+
+
+def _gib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.3g}"
+
+
+def times(results: dict) -> str:
+    """One row a case."""
+    header = ["dtype", "D", "M", "against", "forward ms", f"{BOTH} ms", "in a graph ms", "other forward ms"]
+    header += [f"other {BOTH} ms", "ratio", "TFLOP/s", "of matmul", "GiB", "other GiB"]
+    header += ["error loss / grad / worst row", "other error"]
+    rows = []
+    order = sorted(results.get("cases", []), key=lambda c: (c["dtype"], c["d"], c["m"], c["other"]))
+    for case in order:
+        ours, other = case["sides"].get("fastcl", {}), case["sides"].get(case["other"], {})
+        rate = results.get("ceilings", {}).get(f"{case['dtype']} TFLOP/s")
+        reached = case.get("TFLOP/s")
+        theirs = _ms(case, case["other"])
+        rows.append([
+            case["dtype"], case["d"], f"{case['m']:,}", LABELS[case["other"]],
+            report.spread(_ms(case, "fastcl", "forward")),
+            report.spread(_ms(case, "fastcl")) if _ms(case, "fastcl") else _why(ours),
+            report.spread(ours.get("graph_ms")),
+            report.spread(_ms(case, case["other"], "forward")),
+            report.spread(theirs) if theirs else _why(other),
+            report.spread(case.get("ratio", {}).get(BOTH), "×"),
+            f"{reached:.0f}" if reached else "-",
+            f"{reached / rate:.0%}" if reached and rate else "-",
+            _gib(ours.get("peak_extra_bytes")), _gib(other.get("peak_extra_bytes")),
+            _error(ours), _error(other),
+        ])  # fmt: skip
+    return report.table(header, rows)
+
+
+def tuning(found: dict) -> str:
+    rows = []
+    for entry in found.get("entries", []):
+        timed = sum("ms" in line for line in entry["tiles"])
+        rows.append([
+            entry["entry"], entry["rows"], ", ".join(map(str, entry["tiles"][0]["tile"].values())),
+            f"{entry['present_ms']:.4f}" if "present_ms" in entry else entry["tiles"][0].get("error", "-"),
+            ", ".join(map(str, entry["best"].values())),
+            f"{entry['best_ms']:.4f}" if "best_ms" in entry else "-", timed,
+        ])  # fmt: skip
+    header = ["entry", "M", "present: block m, n, d, warps, stages", "ms", "best", "ms", "timed"]
+    return report.table(header, rows)
+
+
+def tests(results: dict) -> str:
+    rows = []
+    for run in results.get("tests", []):
+        count = run.get("counts")
+        outcome = ", ".join(f"{value} {key}" for key, value in count.items()) if count else "no summary"
+        state = "passed" if run["returncode"] == 0 else "out of time" if run["timed_out"] else "FAILED"
+        rows.append([f"`{run['command']}`", state, outcome, f"{run['seconds']:.0f}"])
+    return report.table(["tests", "result", "of which", "s"], rows)
+
+
+def markdown(results: dict) -> str:
+    """The whole report; parts whose measurement did not happen say so by being empty."""
+    ceilings = results.get("ceilings", {})
+    tune = results.get("tune", {})
+    parts = [
+        f"# nt_xent on {results['name']}",
+        "Everything passed." if results["passed"] else "Not everything passed: see the end.",
+        "\n".join(f"* {key}: {value}" for key, value in results.get("versions", {}).items()),
+        "## Tests", tests(results),
+        "## Targets (H200, forward + backward)", targets(results),
+        "## Ceilings measured in this run", "\n".join(f"* {key}: {value:.3g}" for key, value in ceilings.items()),
+        "## Times, memory and errors",
+        "Medians (quartiles). Both sides took turns in one process, on inputs that rotate so that the L2 does not "
+        "hold them. GiB: peak beyond the inputs, gradients included. TFLOP/s: 2.5 units of 2 M² D for forward and "
+        "backward, against a large matrix product of the same type. Errors: relative, against float64 on the rounded "
+        "inputs. tf32: float32 inputs with `torch.set_float32_matmul_precision(\"high\")`.",
+        times(results),
+        "## Launch table", tuning(tune),
+    ]  # fmt: skip
+    if tune.get("table"):
+        parts += ["The best entries, for `fastcl/kernels/launch.py`:", f"```python\n{tune['table']}\n```"]
+    for title, key in (("Not run: out of time", "late"), ("Problems", "problems")):
+        if results.get(key):
+            lines = [f"* {line}" if key == "late" else f"```\n{line}\n```" for line in results[key]]
+            parts += [f"## {title}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _series(results: dict, dtype: str, d: int, side: str, value) -> tuple[list, list]:
+    found = {}
+    for case in results.get("cases", []):
+        if (case["dtype"], case["d"]) == (dtype, d) and side in case["sides"]:
+            y = value(case, side)
+            # Measured beside eager and beside torch.compile: the first one counts.
+            if y is not None:
+                found.setdefault(case["m"], y)
+    return sorted(found), [found[m] for m in sorted(found)]
+
+
+def plot(results: dict, path: Path, dtype: str = "bf16", d: int = 128) -> None:
+    """Time and memory of forward + backward over M."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def time_of(case, side):
+        found = _ms(case, side)
+        return found and found["median"]
+
+    def gib_of(case, side):
+        peak = case["sides"][side].get("peak_extra_bytes")
+        return peak and peak / 2**30
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for axis, value, unit in ((axes[0], time_of, "ms"), (axes[1], gib_of, "GiB beyond the inputs")):
+        for side, colour in COLOURS.items():
+            x, y = _series(results, dtype, d, side, value)
+            if x:
+                axis.plot(x, y, "o-", color=colour, label=LABELS[side], linewidth=2, markersize=5)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("rows M = 2N")
+        axis.set_ylabel(unit)
+        axis.grid(True, alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+    figure.suptitle(f"nt_xent, forward + backward, {dtype}, D={d}, {results['name']}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write(results: dict, folder: Path) -> None:
+    """nt_xent.json first: nothing that the others may trip over loses the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_json(folder / "nt_xent.json", results)
+    (folder / "nt_xent.md").write_text(markdown(results))
+    plot(results, folder / "nt_xent.png")

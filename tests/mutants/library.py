@@ -1,0 +1,176 @@
+"""Mutants of what surrounds the kernels: the autograd.Function, chunked torch, ranks, checks, the module."""
+
+from __future__ import annotations
+
+from mutant import INPUTS, MODULE, NT_XENT, RANKS, Mutant
+
+SIMILARITY_FILE = "fastcl/ops/similarity.py"
+FUNCTION = [
+    Mutant(
+        "s missing in the positives of the loss",
+        SIMILARITY_FILE,
+        "x1.shape[0]) - scale * pos",
+        "x1.shape[0]) - pos",
+        NT_XENT + "test_shapes[chunked-17-33-dtype1]",
+    ),
+    Mutant(
+        "s missing in the gradient",
+        SIMILARITY_FILE,
+        "pull_grad = lse_grad * scale",
+        "pull_grad = lse_grad + 0 * scale",
+        NT_XENT + "test_shapes[chunked-17-33-dtype1]",
+    ),
+    Mutant(
+        "positives pulled as if p were 0",
+        SIMILARITY_FILE,
+        "share = torch.sigmoid(x) if w is None",
+        "share = torch.ones_like(x) if w is None",
+        NT_XENT + "test_shapes[chunked-17-33-dtype1]",
+    ),
+    Mutant(
+        "half missing in the temperature gradient",
+        SIMILARITY_FILE,
+        "0.5 * rowdot",
+        "rowdot",
+        NT_XENT + "test_shapes[chunked-17-33-dtype1]",
+    ),
+    Mutant(
+        "upstream weights of rows keep their peak",
+        SIMILARITY_FILE,
+        "grad / peak, w_columns / peak",
+        "grad, w_columns",
+        NT_XENT + "test_reductions[chunked-none]",
+    ),
+    Mutant(
+        "double backward gives zeros",
+        SIMILARITY_FILE,
+        "if torch.is_grad_enabled():",
+        "if False:",
+        INPUTS + "test_double_backward_is_refused[0-mean]",
+    ),
+    Mutant(
+        "log-sum-exps of the wrong rows gathered",
+        SIMILARITY_FILE,
+        "ranks.gather_vector(lse.to(scale.dtype))",
+        "ranks.gather_vector(lse.to(scale.dtype)).flip(0)",
+        RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
+    ),
+    Mutant(
+        "factor W dropped",
+        SIMILARITY_FILE,
+        "grad * ranks.grad_factor)",
+        "grad)",
+        RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
+    ),
+]
+
+CHUNKED_FILE = "fastcl/ops/chunked.py"
+CHUNKED = [
+    Mutant(
+        "chunk boundary off by one",
+        CHUNKED_FILE,
+        "start in range(0, rows, step))",
+        "start in range(0, rows, step + 1))",
+        NT_XENT + "test_chunk_boundaries",
+    ),
+    Mutant(
+        "mask of later chunks at the first rows",
+        CHUNKED_FILE,
+        "_mask_diagonal(S, start + offset)",
+        "_mask_diagonal(S, offset)",
+        NT_XENT + "test_chunk_boundaries",
+    ),
+    Mutant(
+        "partners of the second half not left out",
+        CHUNKED_FILE,
+        "_mask_diagonal(S[middle:], start + middle + offset - pair)",
+        "_mask_diagonal(S[middle:], start + middle + offset + pair)",
+        NT_XENT + "test_chunk_boundaries",
+    ),
+    Mutant(
+        "later chunks use the first rows' log-sum-exps",
+        CHUNKED_FILE,
+        ".mul_(u_a[start:stop, None])",
+        ".mul_(u_a[: stop - start, None])",
+        NT_XENT + "test_chunk_boundaries",
+    ),
+    Mutant(
+        "projection dropped in chunked torch",
+        CHUNKED_FILE,
+        "(dz - z * (z * dz).sum(1, keepdim=True)) * rnorm",
+        "dz * rnorm",
+        NT_XENT + "test_shapes[chunked-17-33-dtype1]",
+    ),
+    Mutant(
+        "zero rows get a gradient from chunked torch",
+        CHUNKED_FILE,
+        "torch.where(norm < EPS, 0.0, 1 / norm)",
+        "1 / norm.clamp_min(EPS)",
+        INPUTS + "test_zero_rows_get_no_gradient[chunked-float32]",
+    ),
+]
+
+RANKS_FILE = "fastcl/distributed.py"
+DISTRIBUTED = [
+    Mutant(
+        "padding of shorter ranks not cut",
+        RANKS_FILE,
+        "part[:count] for part",
+        "part for part",
+        RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
+    ),
+    Mutant(
+        "first row as if all ranks were equal",
+        RANKS_FILE,
+        "return sum(self.counts[: self.rank])",
+        "return self.counts[self.rank] * self.rank",
+        RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
+    ),
+    Mutant(
+        "ranks do not hear of another rank's error",
+        RANKS_FILE,
+        "    if failed:\n",
+        "    if not rows:\n",
+        RANKS + "[all_ranks_raise-what=bad_temperature-2]",
+    ),
+    Mutant(
+        "temperatures may differ over ranks",
+        RANKS_FILE,
+        ', (4, "temperature")):',
+        "):",
+        RANKS + "[all_ranks_raise-what=other_temperature-2]",
+    ),
+    Mutant(
+        "mean over this rank's rows",
+        "fastcl/losses/two_view.py",
+        "total = sum(ranks.counts)",
+        "total = 2 * max(z1.shape[0], 1)",
+        RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
+    ),
+]
+
+CHECKS = [
+    Mutant(
+        "views of different length pass",
+        "fastcl/losses/checks.py",
+        "if z1.shape != z2.shape:",
+        "if z1.shape[1] != z2.shape[1]:",
+        INPUTS + "test_refused_by_name[N differs]",
+    ),
+    Mutant(
+        "temperature of infinity passes",
+        "fastcl/losses/checks.py",
+        "if not 0 < value <= sys.float_info.max:",
+        "if not 0 < value:",
+        INPUTS + "test_refused_by_name[temperature inf]",
+    ),
+    Mutant(
+        "learned temperature is its logarithm",
+        "fastcl/losses/nt_xent.py",
+        "self.log_temperature.exp()",
+        "-self.log_temperature",
+        MODULE + "test_learnable_temperature",
+    ),
+]
+
+MUTANTS = [*FUNCTION, *CHUNKED, *DISTRIBUTED, *CHECKS]

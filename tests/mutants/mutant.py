@@ -1,0 +1,21 @@
+"""One small mistake in the library, and the test that has to notice it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+KERNELS = "tests/test_kernels.py::"
+NT_XENT = "tests/test_nt_xent.py::"
+INPUTS = "tests/test_inputs.py::"
+MODULE = "tests/test_module.py::"
+RANKS = "tests/test_distributed.py::test_ranks"
+
+
+class Mutant(NamedTuple):
+    """`old` occurs exactly once in `file`, so that a mutant whose code moved on is noticed at once."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str

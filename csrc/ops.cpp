@@ -11,9 +11,9 @@
 TORCH_LIBRARY(fastcl, m) {
   m.def("normalize_pair(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "lse_forward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, int pair) -> Tensor");
+      "lse_forward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair) -> Tensor");
   m.def(
-      "lse_backward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, int pair, "
+      "lse_backward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair, "
       "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b) -> Tensor");
   m.def(
       "pair_backward(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor lse_coef, Tensor pull, "

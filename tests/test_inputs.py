@@ -111,6 +111,7 @@ TEMPERATURES = [
         for dtype, shape in ((torch.float32, ()), (torch.float64, (1,)), (torch.float16, (1, 1)))
     ),
     bad("temperature beyond float", ValueError, "temperature", temperature=10**400),
+    bad("temperature whose reciprocal overflows", ValueError, "temperature", temperature=1e-40),
     bad("two temperatures", ValueError, "temperature", temperature=torch.tensor([0.1, 0.2])),
     bad("temperature per row", ValueError, "temperature", temperature=torch.full((N, 1), 0.1)),
     bad("no temperature", ValueError, "temperature", temperature=torch.empty(0)),

@@ -267,6 +267,18 @@ def test_super_blocks(m, partials, monkeypatch):
     assert (got - exact).abs().max() < 1e-5  # fp32 sums of 700 terms
 
 
+@pytest.mark.parametrize("partials", [1, 2])
+def test_online_maximum_over_several_blocks(partials, monkeypatch):
+    """A program that walks several blocks of columns raises its maxima on the way."""
+    monkeypatch.setattr(launch, "MAX_PARTIALS", partials)
+    z = unit_rows(520, 16, torch.float16)
+    scale = 1 / 0.005
+    exact = reference.similarity_lse(z.double(), z.double(), scale, 0, 260)
+    got = host.lse_forward(z, None, scalar(scale), scale, 0, 260)
+    # fp32 sums of 520 terms, and exponents of up to scale * log2(e), rounded once or twice.
+    assert (got - exact).abs().max() < 1e-5 + scale * 2.0**-23
+
+
 @pytest.mark.parametrize("flush", [1, 2])
 @pytest.mark.parametrize("partials", [1, 2])
 def test_flushed_and_split_gradients(flush, partials, monkeypatch):

@@ -175,6 +175,16 @@ def test_chunk_boundaries(monkeypatch):
     compare(z1, z2, 0.3, "chunks of 7")
 
 
+@pytest.mark.skipif(not _native.LOADED, reason=_native.REASON)
+def test_more_blocks_than_one_level_of_sums():
+    """The C++ backward folds its sums every 64 blocks of at most 192 rows: against chunked torch, which has none."""
+    z = F.normalize(torch.randn(12_400, 2, dtype=torch.float64), dim=1)
+    scale = torch.tensor(5.0, dtype=torch.float64)
+    lse = fastcl.ops.lse_forward(z, None, scale, 5.0, 0, 6_200)
+    arguments = (z, None, scale, 5.0, 0, 6_200, lse, None, None, None)
+    torch.testing.assert_close(fastcl.ops.lse_backward(*arguments), chunked.lse_backward(*arguments))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("n,d", [(4096, 128), (1000, 768), (3000, 64)])

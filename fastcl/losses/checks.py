@@ -16,6 +16,8 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 GRAD_REDUCTIONS = ("mean", "sum")
 EXCHANGES = ("gather",)
+# Its reciprocal is a float32 number.
+SMALLEST = 1e-38
 
 
 def one_of(name: str, argument: str, value: object, allowed: Sequence[str]) -> None:
@@ -81,3 +83,5 @@ def positive(name: str, argument: str, value: object, device: torch.device) -> N
     # Not math.isfinite, which raises on integers beyond the range of a float.
     if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}: {argument} must be positive and finite, got {value}")
+    if value < SMALLEST:
+        raise ValueError(f"{name}: {argument} must be at least {SMALLEST}, got {value}")

@@ -46,7 +46,8 @@ def nt_xent(
             ProcessGroup or one-dimensional DeviceMesh. Over ranks every row sees the rows of all of them, ranks may
             hold different numbers of rows (also none), and all ranks return the same loss.
         grad_reduction: "mean" where gradients are averaged over ranks afterwards (DistributedDataParallel), "sum"
-            where they are summed. Either way parameters get the gradient that one process would compute.
+            where they are summed. Either way parameters get the gradient that one process would compute. With reduction
+            "none" each rank forms a number of its own, and "mean" gives the gradient of the mean of these numbers.
         exchange: "gather", the rows of all ranks at once.
 
     Returns:
@@ -108,6 +109,11 @@ class NTXentLoss(nn.Module):
     ):
         super().__init__()
         checks.positive("NTXentLoss", "temperature", temperature, torch.device("cpu"))
+        if isinstance(temperature, Tensor) and temperature.requires_grad:
+            raise ValueError(
+                "NTXentLoss: temperature must be a number (learnable_temperature=True makes it a parameter), "
+                "got a tensor that requires grad"
+            )
         checks.flag("NTXentLoss", "learnable_temperature", learnable_temperature)
         checks.flag("NTXentLoss", "normalize", normalize)
         self.log_temperature = None

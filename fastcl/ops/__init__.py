@@ -17,9 +17,9 @@ from . import chunked
 
 SCHEMAS = {
     "normalize_pair": "(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)",
-    "lse_forward": "(Tensor a, Tensor? b, Tensor scale, float bound, int offset, int pair) -> Tensor",
+    "lse_forward": "(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair) -> Tensor",
     "lse_backward": (
-        "(Tensor a, Tensor? b, Tensor scale, float bound, int offset, int pair, "
+        "(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair, "
         "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b) -> Tensor"
     ),
     "pair_backward": (

@@ -53,6 +53,13 @@ MUTANTS = [
         BLOCKS,
     ),
     Mutant(
+        "C++: sums of all but the last 64 blocks lost",
+        "csrc/cpu/lse_backward.cpp",
+        "block.folded ? to[k] + from[k] : from[k]",
+        "from[k]",
+        NT_XENT + "test_more_blocks_than_one_level_of_sums",
+    ),
+    Mutant(
         "C++: gradients of later stripes of columns lost",
         "csrc/cpu/lse_backward.cpp",
         "for (int64_t copy = 1; copy < copies_; ++copy) g.add_",

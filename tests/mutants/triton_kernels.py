@@ -172,7 +172,7 @@ RECTANGULAR = [
         ROWS_FILE,
         "b_sum * tl.exp2(b_max - new_max) +",
         "b_sum +",
-        KERNELS + "test_temperatures[random-0.005-dtype0]",
+        KERNELS + "test_online_maximum_over_several_blocks[1]",
     ),
     Mutant(
         "shift not added back",

@@ -23,6 +23,14 @@ def run(seed, out):
     return outcome["probes"][-1]["linear"], outcome["probes"][0]["linear"]
 
 
+def table(seeds, scores):
+    """Linear probes of several seeds, (trained, untrained) each, and their means, as markdown."""
+    means = [sum(column) / len(scores) for column in zip(*scores)]
+    rows = [*zip(seeds, scores), ("mean", means)]
+    lines = [f"| {seed} | {trained:.1%} | {untrained:.1%} |" for seed, (trained, untrained) in rows]
+    return "\n".join(["| seed | linear probe, trained | untrained |", "| --- | --- | --- |", *lines]) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
@@ -37,6 +45,7 @@ def main():
                  for _, untrained in scores if untrained > UNTRAINED_AT_MOST]
     if several:
         print(f"mean of {len(scores)} seeds: linear probe {mean:.1%}")
+        (settings.out / "seeds.md").write_text(table(settings.seeds, scores))
         if mean < MEAN_AT_LEAST:
             failures.append(f"mean {mean:.1%}, expected at least {MEAN_AT_LEAST:.0%}")
     for failure in failures:

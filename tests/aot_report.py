@@ -4,7 +4,9 @@
     python tests/aot_report.py --all      the whole launch table, sm_80, sm_90 and sm_100
     python tests/aot_report.py --json     the same as JSON lines
 
-Exit status 1 if any kernel spills registers to memory or does not use matrix instructions.
+Columns from "instructions" on count the machine code of one warp: of one tile in the loop without masks where the
+kernel has one, else of the whole kernel. Exit status 1 if any kernel spills registers to memory or does not use matrix
+instructions.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ ARCHS = launch.GENERATIONS
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 # Shared memory a program may have (bytes): the smallest of the data-centre chips of each generation.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPCODES = ("MUFU.EX2", "FFMA", "FADD", "FMUL", "SHFL", "UTMALDG", "LDGSTS", "LDL", "STL")
+OPCODES = ("MUFU.EX2", "FFMA", "FADD", "FMUL", "SHFL", "BAR")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+[^;]*;")
 WIDE = 768  # the d that stands for every width that is read in chunks
 
 # The host knows the path, or the device chooses from the norms.
@@ -135,10 +138,12 @@ def resources(binary, arch: int, is_matrix: bool) -> dict:
             for flag in ("-res-usage", "-sass")
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    counts = {op: len(re.findall(rf"\b{re.escape(op)}\b", sass)) for op in OPCODES}
-    matrix = len(re.findall(rf"\b{MATRIX[arch]}\b", sass))
+    spills = stack + _count("LDL", sass) + _count("STL", sass)
+    matrix = _count(MATRIX[arch], sass)
+    loop = hot_loop(sass, MATRIX[arch]) or sass
+    mix = {"instructions": len(INSTRUCTION.findall(loop)), "matrix": _count(MATRIX[arch], loop)}
+    mix |= {op: _count(re.escape(op), loop) for op in OPCODES}
     shared = binary.metadata.shared
-    spills = stack + counts.pop("LDL") + counts.pop("STL")
     problem = []
     if spills:
         problem.append("spills")
@@ -146,7 +151,25 @@ def resources(binary, arch: int, is_matrix: bool) -> dict:
         problem.append("no matrix instructions")
     if shared > SHARED[arch]:
         problem.append("shared memory")
-    return {"registers": registers, "stack": stack, "shared": shared, "matrix": matrix, **counts, "problem": problem}
+    return {"registers": registers, "stack": stack, "shared": shared, **mix, "problem": problem}
+
+
+def _count(pattern: str, sass: str) -> int:
+    return len(re.findall(rf"\b{pattern}\b", sass))
+
+
+def hot_loop(sass: str, matrix: str) -> str | None:
+    """The machine code of the smallest loop with a matrix product and an exponential: one tile of the unmasked walk."""
+    lines = [(int(match[1], 16), match[0]) for match in INSTRUCTION.finditer(sass)]
+    place = {address: index for index, (address, _) in enumerate(lines)}
+    loops = []
+    for index, (address, text) in enumerate(lines):
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            body = "\n".join(line for _, line in lines[place[int(target[1], 16)] : index + 1])
+            if _count(matrix, body) and _count(r"MUFU\.EX2", body):
+                loops.append(body)
+    return min(loops, key=len, default=None)
 
 
 def select_cases(arch: int, everything: bool, only: str) -> list:

@@ -85,3 +85,14 @@ def test_readme_blocks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", fastcl.__all__)
 def test_readme_names_it(name):
     assert name in README.read_text(encoding="utf-8")
+
+
+INCLUDED = re.compile(r"<!-- (\S+) -->\n\n(.*?)\n<!-- end -->", re.DOTALL)
+
+
+def test_figures_come_from_result_files():
+    """Every table of figures in the README is, to the letter, a committed result file."""
+    included = INCLUDED.findall(README.read_text(encoding="utf-8"))
+    assert included, "README.md includes no result file"
+    for path, text in included:
+        assert text == (README.parent / path).read_text(encoding="utf-8"), f"README.md and {path} differ"

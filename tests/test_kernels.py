@@ -279,6 +279,15 @@ def test_online_maximum_over_several_blocks(partials, monkeypatch):
     assert (got - exact).abs().max() < 1e-5 + scale * 2.0**-23
 
 
+@pytest.mark.parametrize("row_blocks", [1, 100, 1024, 8192])
+def test_rectangular_sums_stay_short(row_blocks):
+    """At 2^20 columns no program adds up more tiles one by one than a fp32 sum takes."""
+    col_blocks = 2**20 // 128
+    least = col_blocks // launch.FLUSH_TILES
+    splits, per_split = host._split(row_blocks, col_blocks, launch.MAX_PARTIALS, least)
+    assert per_split <= launch.FLUSH_TILES and splits <= launch.MAX_PARTIALS and splits * per_split >= col_blocks
+
+
 @pytest.mark.parametrize("flush", [1, 2])
 @pytest.mark.parametrize("partials", [1, 2])
 def test_flushed_and_split_gradients(flush, partials, monkeypatch):

@@ -69,6 +69,13 @@ def test_compile_fullgraph(tensor_temperature):
             torch.testing.assert_close(other, eager)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_temperature_that_is_not_checked_gives_nan(bad):
+    """Under torch.compile, as on a GPU, the value of a temperature is not read."""
+    compiled = torch.compile(lambda a, b, t: nt_xent(a, b, t), fullgraph=True)
+    assert compiled(*torch.randn(2, 8, 6), torch.tensor(bad)).isnan()
+
+
 def test_interface_of_empty_ranks():
     """Ranks may hold no rows: every op takes none."""
     x = torch.empty(0, 5)

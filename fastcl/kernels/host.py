@@ -149,9 +149,9 @@ def _partials_symmetric(z, pair: int, reach: _Range):
     return part, part
 
 
-def _split(row_blocks: int, col_blocks: int, most: int) -> tuple[int, int]:
+def _split(row_blocks: int, col_blocks: int, most: int, least: int = 1) -> tuple[int, int]:
     """(splits, column blocks a split): enough programs for the chip, at most `most` partials a row."""
-    wanted = min(most, max(1, launch.TARGET_PROGRAMS // row_blocks))
+    wanted = min(most, max(least, launch.TARGET_PROGRAMS // row_blocks))
     per_split = triton.cdiv(col_blocks, wanted)
     return triton.cdiv(col_blocks, per_split), per_split
 
@@ -160,7 +160,10 @@ def _partials_rows(a, b, offset: int, pair: int, reach: _Range, online_max: bool
     rows, cols, d = a.shape[0], b.shape[0], a.shape[1]
     tile, chunked = launch.tile("lse_rows", a)
     row_blocks = triton.cdiv(rows, tile.block_m)
-    splits, per_split = _split(row_blocks, triton.cdiv(cols, tile.block_n), launch.MAX_PARTIALS)
+    col_blocks = triton.cdiv(cols, tile.block_n)
+    # Also enough splits that none adds up more tiles one by one than a fp32 sum takes.
+    least = triton.cdiv(col_blocks, launch.FLUSH_TILES)
+    splits, per_split = _split(row_blocks, col_blocks, launch.MAX_PARTIALS, least)
     part = a.new_empty((splits, rows), dtype=torch.float32)
     part_max = torch.empty_like(part) if online_max else part
     lse_rows_kernel[(row_blocks, splits)](

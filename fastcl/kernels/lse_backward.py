@@ -71,6 +71,15 @@ def _side(p_u, p_k, o, end, ONLINE_MAX: tl.constexpr):
 
 
 @triton.jit
+def _column_side(p_u, p_k, o, end, HAS_COL: tl.constexpr, ONLINE_MAX: tl.constexpr):
+    """The same of the columns, which are not there to be read without HAS_COL."""
+    if HAS_COL:
+        return _side(p_u, p_k, o, end, ONLINE_MAX)
+    else:
+        return o, o
+
+
+@triton.jit
 def tile_weight(acc, c, shift, row_u, row_k, col_u, col_k, HAS_COL: tl.constexpr, ONLINE_MAX: tl.constexpr):
     """P of one tile [BLOCK_M, BLOCK_N], times 2^WEIGHT_BITS."""
     if ONLINE_MAX:
@@ -148,7 +157,7 @@ def lse_backward_kernel(
         for t in range(t0, min(t0 + FLUSH, unmasked)):
             o_j = unmasked_block(t, s0, l0, s1, l1, s2, l2) * BLOCK_N
             b_col = d_col.load([o_j, 0])
-            col_u, col_k = _side(p_col_u, p_col_k, o_j + tl.arange(0, BLOCK_N), cols, ONLINE_MAX)
+            col_u, col_k = _column_side(p_col_u, p_col_k, o_j + tl.arange(0, BLOCK_N), cols, HAS_COL, ONLINE_MAX)
             acc = tl.dot(b_row, b_col.T, input_precision=PRECISION)
             weight = tile_weight(acc, c, shift, row_u, row_k, col_u, col_k, HAS_COL, ONLINE_MAX)
             grad = tl.dot(weight.to(b_col.dtype), b_col, grad, input_precision=PRECISION)
@@ -156,7 +165,7 @@ def lse_backward_kernel(
         o_j = masked_block(t, s0, l0, s1, l1, s2, l2, full) * BLOCK_N
         o_n = o_j + tl.arange(0, BLOCK_N)
         b_col = d_col.load([o_j, 0])
-        col_u, col_k = _side(p_col_u, p_col_k, o_n, cols, ONLINE_MAX)
+        col_u, col_k = _column_side(p_col_u, p_col_k, o_n, cols, HAS_COL, ONLINE_MAX)
         acc = tl.dot(b_row, b_col.T, input_precision=PRECISION)
         weight = tile_weight(acc, c, shift, row_u, row_k, col_u, col_k, HAS_COL, ONLINE_MAX)
         # Before the cast: the weight of self is unbounded and would be infinite in fp16.
@@ -205,7 +214,7 @@ def lse_weight_kernel(
     o_n = o_j + tl.arange(0, BLOCK_N)
     acc = tile_product(None, d_row, o_i, d_col, o_j, d, True, BLOCK_M, BLOCK_N, BLOCK_D, True, PRECISION)
     row_u, row_k = _side(p_row_u, p_row_k, o_m, r, ONLINE_MAX)
-    col_u, col_k = _side(p_col_u, p_col_k, o_n, cols, ONLINE_MAX)
+    col_u, col_k = _column_side(p_col_u, p_col_k, o_n, cols, HAS_COL, ONLINE_MAX)
     weight = tile_weight(acc, c, shift, row_u, row_k, col_u, col_k, HAS_COL, ONLINE_MAX)
     weight = tl.where(allowed(o_m, o_n, offset, pair, cols), weight, 0.0)
     o_out = o_chunk + tl.arange(0, BLOCK_M)

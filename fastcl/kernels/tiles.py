@@ -15,14 +15,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Exponents stay this far inside the fp32 range [2^-126, 2^127], so that sums over columns, and weights times
 # the 2^14 that fp16 needs, stay normal numbers.
 RANGE = tl.constexpr(112.0)
-# Rounding rows to 16 bits can lengthen a unit row by 2^-9 and the product of two by twice that.
+# Rounding rows to fp16 can lengthen a unit row by 2^-11 and the product of two by twice that.
 UNIT_SLACK = tl.constexpr(1.01)
 
 
 @triton.jit
 def exponent_range(
     p_scale,  # [] fp32
-    p_norms,  # [] fp32: max ||a|| * max ||b||, or None for unit rows
+    p_norms,  # [] fp32: max ||a|| * max ||b||, or None where the host chose the path
     log2_cols,
 ):
     """(c, shift, fits): whether one constant shift keeps every partial sum of exponentials in range.

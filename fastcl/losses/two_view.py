@@ -54,6 +54,8 @@ def two_view_loss(
     bound = -1.0
     if isinstance(temperature, Tensor):
         scale = temperature.reshape(()).to(z1.device, dtype).reciprocal()
+        # Where the value could not be checked without waiting for the device, a bad one gives NaN.
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.nan)
     else:
         scale = torch.full((), 1 / temperature, dtype=dtype, device=z1.device)
         if normalize:

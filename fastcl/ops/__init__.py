@@ -1,7 +1,8 @@
 """Registration and dispatch of the ops: which implementation serves which tensors, in one place.
 
     CPU tensor   -> C++ (`fastcl._C`, csrc/cpu) where it is built, else chunked torch
-    CUDA tensor  -> Triton (fastcl/kernels) where it is installed, else chunked torch; float64 always chunked torch
+    CUDA tensor  -> Triton (fastcl/kernels) where it is installed, else chunked torch; float64 and more than 4,096
+                    features always chunked torch
 
 The schemas are those of csrc/ops.cpp; a test holds the two lists against each other.
 """
@@ -28,6 +29,8 @@ SCHEMAS = {
     ),
 }
 TRITON = importlib.util.find_spec("triton") is not None
+# Features a row of the Triton kernels may have: a row-local program holds whole rows in registers.
+WIDEST = 4096
 # Kept alive as long as the package: torch drops registrations with their library object.
 _library = torch.library.Library("fastcl", "FRAGMENT")
 
@@ -35,30 +38,37 @@ _library = torch.library.Library("fastcl", "FRAGMENT")
 def backends() -> dict[str, str]:
     """What serves the tensors of each device type, and why."""
     cpu = "C++" if _native.LOADED else "chunked torch"
-    cuda = "Triton (float64: chunked torch)" if TRITON else "chunked torch: triton is not installed"
+    cuda = "Triton (float64 or D > 4,096: chunked torch)" if TRITON else "chunked torch: triton is not installed"
     return {"cpu": f"{cpu}: {_native.REASON}", "cuda": cuda}
 
 
+def _triton_serves(x: torch.Tensor) -> bool:
+    """Every floating type but float64, and rows that fit the row-local kernels."""
+    return TRITON and x.dtype != torch.float64 and x.shape[1] <= WIDEST
+
+
 def _on_cuda(name: str):
-    """The CUDA implementation of an op: Triton for every type but float64."""
+    """The CUDA implementation of an op."""
     fallback = getattr(chunked, name)
     if not TRITON:
         return fallback
 
     def dispatch(first, *args):
-        if first.dtype == torch.float64:
+        if not _triton_serves(first):
             return fallback(first, *args)
         # Here and not above: importing Triton takes a second, which a CPU user need not pay.
         from ..kernels import host
 
-        return getattr(host, name)(first, *args)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(first.device):
+            return getattr(host, name)(first, *args)
 
     return dispatch
 
 
 def _rows_like(x: torch.Tensor, rows: int, normalize: bool) -> torch.Tensor:
     """The rows that normalize_pair returns, uninitialised, for the fake implementation."""
-    if x.is_cuda and TRITON and x.dtype != torch.float64:
+    if x.is_cuda and _triton_serves(x):
         from ..kernels import host
 
         return host.empty_rows(x, rows, x.shape[1], host.product_dtype(x.dtype, normalize))

@@ -87,13 +87,13 @@ def lse_backward(
         b, lse_b, w_b = a, lse_a, w_a
     b = b.to(a.dtype)
     k_a, u_a = _row_weight(lse_a, w_a, a.dtype)
+    k_b, u_b = (None, None) if lse_b is None else _row_weight(lse_b, w_b, a.dtype)
     grad = torch.empty_like(a)
     with torch.autocast(a.device.type, enabled=False):
         for start, stop in _row_chunks(a.shape[0], b.shape[0]):
             S = _similarity(a, b, scale, start, stop, offset, pair)
             weights = (S - k_a[start:stop, None]).exp_().mul_(u_a[start:stop, None])
-            if lse_b is not None:
-                k_b, u_b = _row_weight(lse_b, w_b, a.dtype)
+            if k_b is not None:
                 weights += S.sub_(k_b[None, :]).exp_().mul_(u_b[None, :])
             grad[start:stop] = weights @ b
     return grad

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation, without a GPU: zero spills, matrix instructions, tiles that are not toys."""
+"""Ahead-of-time compilation, without a GPU: zero spills, matrix instructions, tiles and splits of the right size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastcl.kernels import launch  # noqa: E402
+from fastcl.kernels import host, launch  # noqa: E402
 
 REPORT = Path(__file__).with_name("aot_report.py")
 
@@ -37,3 +37,12 @@ def test_sixteen_bit_tiles_are_not_toys(name):
     for width, tiles in launch.TABLE[name][2].items():
         for generation, tile in tiles.items():
             assert tile.block_m >= 64 and tile.block_n >= 64, (name, width, generation)
+
+
+@pytest.mark.parametrize("row_blocks", [1, 100, 1024, 8192])
+def test_rectangular_sums_stay_short(row_blocks):
+    """At 2^20 columns no program adds up more tiles one by one than a fp32 sum takes."""
+    col_blocks = 2**20 // 128
+    least = col_blocks // launch.FLUSH_TILES
+    splits, per_split = host._split(row_blocks, col_blocks, launch.MAX_PARTIALS, least)
+    assert per_split <= launch.FLUSH_TILES and splits <= launch.MAX_PARTIALS and splits * per_split >= col_blocks

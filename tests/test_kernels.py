@@ -212,7 +212,6 @@ def test_upstream_weights(temperature, dtype):
 def test_every_column_decides(d, dtype):
     """Row i is decided by one column, a different one for every row: losing any column fails by far."""
     n = 132
-    assert d >= n
     z = rows_of(torch.cat([torch.eye(n, d), torch.eye(n, d)]), dtype)
     # exp(20) of one column against at most 264 ones; one-hot rows leave only fp32 rounding of the sums.
     for rows, columns, offset in ((z, None, 0), (z[:n].flip(0).clone(), z[:n], n)):
@@ -277,15 +276,6 @@ def test_online_maximum_over_several_blocks(partials, monkeypatch):
     got = host.lse_forward(z, None, scalar(scale), scale, 0, 260)
     # fp32 sums of 520 terms, and exponents of up to scale * log2(e), rounded once or twice.
     assert (got - exact).abs().max() < 1e-5 + scale * 2.0**-23
-
-
-@pytest.mark.parametrize("row_blocks", [1, 100, 1024, 8192])
-def test_rectangular_sums_stay_short(row_blocks):
-    """At 2^20 columns no program adds up more tiles one by one than a fp32 sum takes."""
-    col_blocks = 2**20 // 128
-    least = col_blocks // launch.FLUSH_TILES
-    splits, per_split = host._split(row_blocks, col_blocks, launch.MAX_PARTIALS, least)
-    assert per_split <= launch.FLUSH_TILES and splits <= launch.MAX_PARTIALS and splits * per_split >= col_blocks
 
 
 @pytest.mark.parametrize("flush", [1, 2])

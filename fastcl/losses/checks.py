@@ -31,6 +31,14 @@ def flag(name: str, argument: str, value: object) -> None:
         raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
 
 
+def options(name: str, *, normalize: object, reduction: object, grad_reduction: object, exchange: object) -> None:
+    """The keyword arguments that all losses share, less the group."""
+    flag(name, "normalize", normalize)
+    one_of(name, "reduction", reduction, REDUCTIONS)
+    one_of(name, "grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+    one_of(name, "exchange", exchange, EXCHANGES)
+
+
 def rows(name: str, argument: str, x: object) -> None:
     """x is a dense floating matrix [N, D] with D >= 1."""
     if not isinstance(x, Tensor):

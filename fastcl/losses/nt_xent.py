@@ -115,7 +115,6 @@ class NTXentLoss(nn.Module):
                 "got a tensor that requires grad"
             )
         checks.flag("NTXentLoss", "learnable_temperature", learnable_temperature)
-        checks.flag("NTXentLoss", "normalize", normalize)
         self.log_temperature = None
         self._temperature = float(temperature)
         if learnable_temperature:
@@ -127,9 +126,7 @@ class NTXentLoss(nn.Module):
             "grad_reduction": grad_reduction,
             "exchange": exchange,
         }
-        checks.one_of("NTXentLoss", "reduction", reduction, checks.REDUCTIONS)
-        checks.one_of("NTXentLoss", "grad_reduction", grad_reduction, checks.GRAD_REDUCTIONS)
-        checks.one_of("NTXentLoss", "exchange", exchange, checks.EXCHANGES)
+        checks.options("NTXentLoss", **{key: value for key, value in self.settings.items() if key != "group"})
 
     @property
     def temperature(self) -> float | Tensor:
@@ -143,6 +140,6 @@ class NTXentLoss(nn.Module):
         shown = [f"temperature={torch.as_tensor(self.temperature).item():.4g}"]
         if self.log_temperature is not None:
             shown.append("learnable_temperature=True")
-        defaults = {"normalize": True, "reduction": "mean", "group": None, "grad_reduction": "mean", "exchange": "gather"}
+        defaults = nt_xent.__kwdefaults__
         shown += [f"{key}={value!r}" for key, value in self.settings.items() if value != defaults[key]]
         return ", ".join(shown)

@@ -30,13 +30,13 @@ def two_view_loss(
 ) -> Tensor:
     """The loss of ops.similarity.TwoViewLoss with (lse_coef, rest_coef) = coefficients(1 / temperature)."""
 
+    # What all ranks must pass alike.
+    settings = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+
     def check():
-        checks.flag(name, "normalize", normalize)
+        checks.options(name, **settings, exchange=exchange)
         checks.pair(name, z1, z2)
         checks.positive(name, "temperature", temperature, z1.device)
-        checks.one_of(name, "reduction", reduction, checks.REDUCTIONS)
-        checks.one_of(name, "grad_reduction", grad_reduction, checks.GRAD_REDUCTIONS)
-        checks.one_of(name, "exchange", exchange, checks.EXCHANGES)
         return z1, temperature
 
     process_group = distributed.resolve_group(name, group)
@@ -46,7 +46,6 @@ def two_view_loss(
             raise ValueError(f"{name}: z1 and z2 must have at least one row, got shape {list(z1.shape)}")
         ranks, total = None, 2 * z1.shape[0]
     else:
-        settings = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
         ranks = distributed.agree(name, process_group, check, settings)
         total = sum(ranks.counts)
 

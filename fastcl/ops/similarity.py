@@ -97,6 +97,7 @@ def _log1p_exp(x: Tensor) -> Tensor:
 
 def _upstream(ctx: FunctionCtx, grad: Tensor):
     """(grad, w, w_columns): the upstream gradient as a number times row weights in [-1, 1], None for all ones.
+    Without ranks the columns are the rows, and have no weights of their own.
 
     The number stays outside the kernels and in fp32: 1 / M inside a 16-bit weight would flush to zero.
     """
@@ -106,7 +107,7 @@ def _upstream(ctx: FunctionCtx, grad: Tensor):
     w_columns = grad if ranks is None else ranks.gather_vector(grad)
     peak = w_columns.abs().amax()
     peak = torch.where(peak == 0, torch.ones_like(peak), peak)
-    return peak, grad / peak, w_columns / peak
+    return peak, grad / peak, None if ranks is None else w_columns / peak
 
 
 def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
@@ -118,8 +119,6 @@ def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
     # float32 over the wire: half a unit in its last place is what ranks may differ by.
     lse_columns = None if ranks is None else ranks.gather_vector(lse.to(scale.dtype))
     offset = 0 if ranks is None else ranks.first_row
-    if ranks is None:
-        w_columns = None
     grad_lse = ops.lse_backward(
         z, columns, scale, ctx.bound, offset, z.shape[0] // 2, lse, lse_columns, w, w_columns
     )

@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cstdint>
+#include <limits>
 #include <optional>
 
 namespace fastcl {
@@ -35,6 +37,12 @@ inline void check_vector(const char* op, const char* name, const at::Tensor& x, 
                          at::ScalarType dtype) {
   check_shape(op, name, x, {length});
   check_dtype(op, name, x, dtype);
+}
+
+// Positions in a row are int32.
+inline void check_sortable(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.size(1) <= std::numeric_limits<int32_t>::max(), op, ": ", name,
+                    " must have fewer than 2^31 columns, got shape ", x.sizes());
 }
 
 // One number a row, in the precision of the op that made it or of the wire it came over.

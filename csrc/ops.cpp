@@ -1,5 +1,5 @@
 // Table of contents of the native extension: the op schemas, and the Python module.
-// Kernels: cpu/<op>.cpp. Fake implementations and autograd live in Python.
+// Kernels: cpu/<op>.cpp and cuda/<op>.cu. Fake implementations and autograd live in Python.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -18,7 +18,15 @@ TORCH_LIBRARY(fastcl, m) {
   m.def(
       "pair_backward(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor lse_coef, Tensor pull, "
       "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("segmented_sort(Tensor x, bool descending) -> (Tensor, Tensor)");
+  m.def("wasserstein_1d(Tensor x, Tensor y, bool per_row) -> (Tensor, Tensor)");
 }
+
+#ifdef FASTCL_CUDA
+namespace fastcl {
+void bind_cuda(pybind11::module_& m);  // cuda/bindings.cpp
+}
+#endif
 
 namespace {
 
@@ -40,14 +48,21 @@ pybind11::dict build_info() {
   info["compiler"] = compiler();
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["simd"] = fastcl::cpu::simd_level();
+#ifdef FASTCL_CUDA
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "CPU kernels of fastcl; importing it registers torch.ops.fastcl.*";
+  m.doc() = "Compiled kernels of fastcl; importing it registers torch.ops.fastcl.*";
   m.def("build_info", &build_info,
         "Compiler, torch and C++ versions of this build, and the instruction set in use.");
+#ifdef FASTCL_CUDA
+  fastcl::bind_cuda(m);
+#endif
 }

@@ -37,5 +37,10 @@ LOADED: bool = _module is not None
 
 
 def build_info() -> dict:
-    """Compiler, torch version, C++ standard and instruction set of `_C`; empty if it is not in use."""
+    """Compiler, torch version, C++ standard, instruction set and CUDA of `_C`; empty if it is not in use."""
     return _module.build_info() if _module is not None else {}
+
+
+# Whether the extension has the kernels of csrc/cuda, which are called through `module`.
+CUDA: bool = build_info().get("cuda", False)
+module = _module

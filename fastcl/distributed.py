@@ -1,4 +1,4 @@
-"""Ranks: agreement before work, gather of rows and of one number a row, and the gradient contract.
+"""Ranks: agreement before work, exchange of rows and of projections, and the gradient contract.
 
 Forward returns the loss of the global batch, the same on every rank. Backward returns, for the local rows,
 W * dL/dz with `grad_reduction="mean"` (what DistributedDataParallel's averaging expects) or dL/dz with "sum":
@@ -48,11 +48,23 @@ class Ranks:
     counts: tuple[int, ...]
     rank: int
     grad_factor: float
+    seed: int
 
     @property
     def first_row(self) -> int:
         """The gathered position of this rank's row 0."""
         return sum(self.counts[: self.rank])
+
+    def shares(self, items: int) -> list[int]:
+        """How many of `items` each rank takes, in rank order: as equal as can be."""
+        world = len(self.counts)
+        return [items // world + (rank < items % world) for rank in range(world)]
+
+    def share(self, items: int) -> slice:
+        """The items that this rank takes."""
+        shares = self.shares(items)
+        first = sum(shares[: self.rank])
+        return slice(first, first + shares[self.rank])
 
     def gather_rows(self, x: Tensor) -> Tensor:
         """All ranks' rows [sum(counts), ...] in rank order; equal counts move nothing but the rows."""
@@ -70,6 +82,37 @@ class Ranks:
 
     gather_vector = gather_rows
 
+    def gather_number(self, x: Tensor) -> Tensor:
+        """One number of every rank, [W]."""
+        out = x.new_empty(len(self.counts))
+        dist.all_gather_into_tensor(out, x.reshape(1), group=self.group)
+        return out
+
+    def columns_to_rows(self, x: Tensor) -> Tensor:
+        """From all P rows of this rank's columns [P, n] to all columns of its share of the rows [P / W, sum(counts)].
+
+        Wire bytes: those of x, less what stays.
+        """
+        shares = self.shares(x.shape[0])
+        mine = shares[self.rank]
+        received = x.new_empty(mine * sum(self.counts))
+        sizes = [mine * count for count in self.counts]
+        self._all_to_all(received, x.contiguous().flatten(), sizes, [share * x.shape[1] for share in shares])
+        blocks = zip(received.split(sizes), self.counts, strict=True)
+        return torch.cat([block.view(mine, count) for block, count in blocks], 1)
+
+    def rows_to_columns(self, x: Tensor, rows: int) -> Tensor:
+        """The way back: from [P / W, sum(counts)] to this rank's columns of all `rows` rows [P, n]."""
+        shares, n = self.shares(rows), self.counts[self.rank]
+        sent = torch.cat([block.flatten() for block in x.split(self.counts, 1)])
+        received = x.new_empty(rows * n)
+        sizes = [x.shape[0] * count for count in self.counts]
+        self._all_to_all(received, sent, [share * n for share in shares], sizes)
+        return received.view(rows, n)
+
+    def _all_to_all(self, out: Tensor, x: Tensor, out_sizes: list[int], sizes: list[int]) -> None:
+        dist.all_to_all_single(out, x, out_sizes, sizes, group=self.group)
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks of a number, the same bits on every rank."""
         total = x.detach().clone()
@@ -77,29 +120,48 @@ class Ranks:
         return total
 
 
+class GlobalSum(torch.autograd.Function):
+    """The sum over all ranks of a number, under the gradient contract."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.factor = ranks.grad_factor
+        return ranks.sum(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.factor, None
+
+
 def agree(
-    name: str, group: dist.ProcessGroup, check: Callable[[], tuple[Tensor, object]], settings: dict[str, object]
+    name: str,
+    group: dist.ProcessGroup,
+    check: Callable[[], tuple[Tensor, object]],
+    settings: dict[str, object],
+    views: int,
+    seed: Callable[[], int],
 ) -> Ranks:
     """Run `check` on every rank and exchange its outcome, so that all ranks raise together or none does.
 
     `check` validates this rank's arguments and returns (rows of one view, temperature); `settings` are those that
-    all ranks must pass alike. A rank that raised alone, or took another path, would leave the others waiting in a
-    collective until it times out.
+    all ranks must pass alike; the seed of rank 0 becomes that of all. A rank that raised alone, or took another
+    path, would leave the others waiting in a collective until it times out.
     """
     error: Exception | None = None
-    count = d = dtype = setting = 0
+    count = d = dtype = setting = number = 0
     try:
         x, temperature = check()
-        count, d, dtype = 2 * x.shape[0], x.shape[1], DTYPES.index(x.dtype)
+        count, d, dtype = views * x.shape[0], x.shape[1], DTYPES.index(x.dtype)
         if not isinstance(temperature, Tensor):
             setting = struct.unpack("q", struct.pack("d", temperature))[0]
+        number = seed()
     except (TypeError, ValueError) as caught:
         error = caught
     device = torch.device("cpu")
     if dist.get_backend(group) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    hashes = [zlib.crc32(repr(value).encode()) for value in settings.values()]
-    mine = torch.tensor([error is not None, count, d, dtype, setting, *hashes], dtype=torch.int64, device=device)
+    hashes = [zlib.crc32(repr(_as_float(value)).encode()) for value in settings.values()]
+    mine = torch.tensor([error is not None, count, d, dtype, setting, number, *hashes], dtype=torch.int64, device=device)
     every = mine.new_empty(dist.get_world_size(group) * mine.numel())
     dist.all_gather_into_tensor(every, mine, group=group)
     rows = every.view(-1, mine.numel()).tolist()
@@ -112,15 +174,19 @@ def agree(
         values = [row[index] for row in rows]
         if len(set(values)) > 1:
             raise ValueError(f"{name}: {what} must be equal on all ranks, got {_show(what, values)}")
-    for index, (what, value) in enumerate(settings.items(), 5):
-        other = [rank for rank, row in enumerate(rows) if row[index] != hashes[index - 5]]
+    for index, (what, value) in enumerate(settings.items(), 6):
+        other = [rank for rank, row in enumerate(rows) if row[index] != hashes[index - 6]]
         if other:
             raise ValueError(f"{name}: {what} must be equal on all ranks, got {value!r} but not on rank {other[0]}")
     counts = tuple(row[1] for row in rows)
-    if sum(counts) == 0:
-        raise ValueError(f"{name}: z1 and z2 must have at least one row over all ranks, got none")
     factor = float(len(counts)) if settings["grad_reduction"] == "mean" else 1.0
-    return Ranks(group, counts, dist.get_rank(group), factor)
+    return Ranks(group, counts, dist.get_rank(group), factor, rows[0][5])
+
+
+def _as_float(value: object) -> object:
+    """1 and 1.0 are the same setting."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+    return float(value) if is_number else value
 
 
 def _show(what: str, values: list[int]) -> list:

@@ -32,9 +32,8 @@ def report() -> str:
         ("CUDA device", _device()),
     ]
     rows += [(f"_C {key}", str(value)) for key, value in _native.build_info().items()]
-    serving = ops.backends()
     for op in ops.SCHEMAS:
-        rows += [(f"{op} {device}", serving[device]) for device in ("cpu", "cuda")]
+        rows += [(f"{op} {device}", serves) for device, serves in ops.backends(op).items()]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 

@@ -1,4 +1,4 @@
-"""The specification: every loss and every kernel in plain PyTorch, building the full similarity matrix.
+"""The specification: every loss and every kernel in plain PyTorch, building every matrix in full.
 
 Slow and memory-hungry on purpose. It runs in any floating dtype, differentiates by autograd, and is what the
 tests hold the kernels against in float64. Notation: N pairs, M = 2N rows z (view 1 first), s = 1 / temperature,
@@ -6,6 +6,8 @@ S = s * z @ z.T, p(i) = (i + N) mod M the partner of row i.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -55,10 +57,13 @@ def similarity_lse_backward(
     return weights @ b
 
 
-def stack_views(z1: Tensor, z2: Tensor, normalize_rows: bool = True) -> Tensor:
+def normalize_rows(x: Tensor, unit: bool) -> Tensor:
+    return normalize(x) if unit else x
+
+
+def stack_views(z1: Tensor, z2: Tensor, unit: bool = True) -> Tensor:
     """The M = 2N rows of both views, view 1 first, unit-normalised unless told otherwise."""
-    rows = torch.cat([z1, z2])
-    return normalize(rows) if normalize_rows else rows
+    return normalize_rows(torch.cat([z1, z2]), unit)
 
 
 def positives(z: Tensor) -> Tensor:
@@ -78,3 +83,87 @@ def nt_xent(
     scale = 1 / temperature
     rows = similarity_lse(z, z, scale, 0) - scale * positives(z)
     return reduce_rows(rows, reduction)
+
+
+def decoupled_nt_xent(
+    z1: Tensor, z2: Tensor, temperature: Tensor | float = 1.0, *, weight: float = 0.1,
+    normalize: bool = True, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """Decoupled NT-Xent (P1 Eq. 4): mean_i [weight * log sum_{k != i} exp(S_ik) - <z_i, z_p(i)>]."""
+    z = stack_views(z1, z2, normalize)
+    rows = weight * similarity_lse(z, z, 1 / temperature, 0) - positives(z)
+    return reduce_rows(rows, reduction)
+
+
+def alignment(z1: Tensor, z2: Tensor, *, normalize: bool = True, reduction: str = "mean") -> Tensor:
+    """Alignment (Wang & Isola 2020): mean_i ||z_i - z_p(i)||^2 over the rows of both views."""
+    z = stack_views(z1, z2, normalize)
+    return reduce_rows((z - z.roll(len(z1), 0)).square().sum(1), reduction)
+
+
+def uniformity(z: Tensor, t: float = 2.0, *, normalize: bool = True) -> Tensor:
+    """Uniformity (Wang & Isola 2020): log mean_{i != j} exp(-t ||z_i - z_j||^2)."""
+    z = normalize_rows(z, normalize)
+    square = (z[:, None] - z[None, :]).square().sum(2)
+    apart = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return (-t * square[apart]).logsumexp(0) - math.log(len(z) * (len(z) - 1))
+
+
+def sort(x: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Stable sort of the last dimension: NaN is the largest, -0 equals +0. Values and int32 indices."""
+    values, indices = torch.sort(x, dim=-1, descending=descending, stable=True)
+    return values, indices.int()
+
+
+def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
+    """[P, M]: the share of each x_pi in the squared 2-Wasserstein distance of x_p [M] and y_p [K], row by row.
+
+    The quantile functions of both samples are steps, of width 1/M and 1/K. Between two neighbouring jumps of either
+    both are constant, so the integral of (X(q) - Y(q))^2 is a finite sum. Positions are integers, in units of 1/(M K).
+    """
+    m, k = x.shape[1], y.shape[1]
+    ordered, rank_to_row = torch.sort(x, dim=1, stable=True)
+    jumps = torch.cat([torch.arange(m + 1) * k, torch.arange(k) * m]).unique().to(x.device)
+    start, width = jumps[:-1], jumps.diff().to(x.dtype) / (m * k)
+    steps = width * (ordered[:, start // k] - torch.sort(y, dim=1).values[:, start // m]).square()
+    terms = torch.zeros_like(ordered).index_add(1, start // k, steps)
+    return torch.zeros_like(terms).scatter(1, rank_to_row, terms)
+
+
+def swd(
+    z: Tensor, prior_samples: Tensor, projections: Tensor, *, normalize: bool = False, reduction: str = "mean"
+) -> Tensor:
+    """Sliced Wasserstein distance (P1 Algorithm 1) of the rows of z [M, d] and prior_samples [K, d].
+
+    mean over the projections [P, d] of the squared distance of the two projected samples; row i's part is
+    M times the mean of its shares, so that the mean over rows is the loss.
+    """
+    z = normalize_rows(z, normalize)
+    shares = wasserstein_1d(projections @ z.T, projections @ prior_samples.T)
+    return reduce_rows(len(z) * shares.mean(0), reduction)
+
+
+def published_alignment(z1: Tensor, z2: Tensor, *, normalize: bool = True, reduction: str = "mean") -> Tensor:
+    """Alignment as published with P1: half the mean of (z1 - z2)^2 over the N d entries."""
+    return alignment(z1, z2, normalize=normalize, reduction=reduction) / (2 * z1.shape[1])
+
+
+def published_lse(z: Tensor, temperature: Tensor | float = 1.0, *, normalize: bool = True, reduction: str = "mean"):
+    """Distribution term as published with P1: mean_i log sum_k exp(S_ik) - log d, over all k, self included."""
+    z = normalize_rows(z, normalize)
+    return reduce_rows((z @ z.T / temperature).logsumexp(1) - math.log(z.shape[1]), reduction)
+
+
+def generalized_contrastive_loss(
+    z1: Tensor, z2: Tensor, prior_samples: Tensor | None = None, projections: Tensor | None = None, *,
+    weight: float = 5.0, temperature: Tensor | float = 1.0, loss_scale: float = 1.0, normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """loss_scale * (published alignment + weight * distribution), P1 Eq. 2: SWD to the samples, or LSE without any."""
+    z = torch.cat([z1, z2])
+    options = {"normalize": normalize, "reduction": reduction}
+    if prior_samples is None:
+        distribution = published_lse(z, temperature, **options)
+    else:
+        distribution = swd(z, prior_samples, projections, **options)
+    return loss_scale * (published_alignment(z1, z2, **options) + weight * distribution)

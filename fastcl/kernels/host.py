@@ -103,7 +103,9 @@ class _Range:
 
 def _precision(dtype: torch.dtype) -> str:
     """fp32 products follow torch.set_float32_matmul_precision; "highest" is fp32-accurate on tensor cores too."""
-    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Not torch.get_float32_matmul_precision, which raises once precision was set through torch.backends.
+    exact = torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+    return "tf32x3" if dtype == torch.float32 and exact else "tf32"
 
 
 def _descriptor(x, block_rows: int, block_d: int) -> TensorDescriptor:

@@ -18,10 +18,12 @@ GRAD_REDUCTIONS = ("mean", "sum")
 EXCHANGES = ("gather",)
 # Its reciprocal is a float32 number.
 SMALLEST = 1e-38
+# It and its double are.
+LARGEST = 1e38
 
 
 def one_of(name: str, argument: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+    if not (isinstance(value, str) and value in allowed):
         expected = " or ".join(f'"{choice}"' for choice in allowed)
         raise ValueError(f"{name}: {argument} must be {expected}, got {value!r}")
 
@@ -31,16 +33,21 @@ def flag(name: str, argument: str, value: object) -> None:
         raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}")
 
 
-def options(name: str, *, normalize: object, reduction: object, grad_reduction: object, exchange: object) -> None:
-    """The keyword arguments that all losses share, less the group."""
-    flag(name, "normalize", normalize)
+def options(
+    name: str, *, normalize: object, reduction: object, grad_reduction: object, exchange: object,
+    by_prior: bool = False,
+) -> None:  # fmt: skip
+    """The keyword arguments that all losses share, less the group. With by_prior, normalize=None leaves it to the
+    prior."""
+    if not (by_prior and normalize is None):
+        flag(name, "normalize", normalize)
     one_of(name, "reduction", reduction, REDUCTIONS)
     one_of(name, "grad_reduction", grad_reduction, GRAD_REDUCTIONS)
     one_of(name, "exchange", exchange, EXCHANGES)
 
 
-def rows(name: str, argument: str, x: object) -> None:
-    """x is a dense floating matrix [N, D] with D >= 1."""
+def floating(name: str, argument: str, x: object) -> None:
+    """x is a dense floating tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
@@ -49,6 +56,11 @@ def rows(name: str, argument: str, x: object) -> None:
     if x.dtype not in FLOATING:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"{name}: {argument} must be one of {expected}, got {x.dtype}")
+
+
+def rows(name: str, argument: str, x: object) -> None:
+    """x is a dense floating matrix [N, D] with D >= 1."""
+    floating(name, argument, x)
     if x.ndim != 2:
         raise ValueError(f"{name}: {argument} must have shape [N, D], got {list(x.shape)}")
     if x.shape[1] == 0:
@@ -67,6 +79,66 @@ def pair(name: str, z1: object, z2: object) -> None:
         raise TypeError(f"{name}: z1 and z2 must have the same dtype, got {z1.dtype} and {z2.dtype}")
     if z1.device != z2.device:
         raise ValueError(f"{name}: z1 and z2 must be on the same device, got {z1.device} and {z2.device}")
+
+
+def matrix_like(name: str, argument: str, x: object, z: Tensor) -> None:
+    """x is a floating matrix of at least one row, as wide as z and on its device."""
+    rows(name, argument, x)
+    if x.shape[0] == 0 or x.shape[1] != z.shape[1]:
+        expected = f"shape [at least 1, {z.shape[1]}], as wide as the rows"
+        raise ValueError(f"{name}: {argument} must have {expected}, got {list(x.shape)}")
+    if x.device != z.device:
+        raise ValueError(f"{name}: {argument} must be on {z.device}, got {x.device}")
+
+
+def sortable(name: str, argument: str, length: int) -> None:
+    """Indices of sorts are int32."""
+    if length >= 2**31:
+        raise ValueError(f"{name}: {argument} must have fewer than 2^31 elements to sort, got {length}")
+
+
+def count(name: str, argument: str, value: object) -> None:
+    """A positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {argument} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
+
+
+def number(name: str, argument: str, value: object, *, zero: bool = False) -> None:
+    """A positive finite Python number, or 0 where that makes sense."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
+    # Not math.isfinite, which raises on integers beyond the range of a float.
+    if not (0 < value <= sys.float_info.max or (zero and value == 0)):
+        raise ValueError(f"{name}: {argument} must be {'0 or ' if zero else ''}positive and finite, got {value}")
+    if value > LARGEST:
+        raise ValueError(f"{name}: {argument} must be at most {LARGEST}, got {value}")
+
+
+def random_generator(name: str, generator: object, device: torch.device | None) -> None:
+    """None, or a torch.Generator on the device where the numbers are drawn (None: not known yet)."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if device is None:
+        return
+    # A generator made for "cuda" has no index: it belongs to the current device.
+    same = generator.device.type == device.type and generator.device.index in (None, device.index)
+    if not same:
+        raise ValueError(f"{name}: generator must be on {device}, as the rows, got {generator.device}")
+
+
+def constant(name: str, argument: str, value: object) -> float:
+    """What a module keeps as a number: a positive number, or a one-element tensor of one that is not trained."""
+    positive(name, argument, value, torch.device("cpu"))
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name}: {argument} must be a number (learnable_{argument}=True makes it a parameter), "
+            "got a tensor that requires grad"
+        )
+    return float(value)
 
 
 def positive(name: str, argument: str, value: object, device: torch.device) -> None:

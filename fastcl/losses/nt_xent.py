@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .module import LossModule
 from .two_view import two_view_loss
 
 
@@ -81,7 +82,7 @@ def _coefficients(scale: Tensor) -> tuple[None, None]:
     return None, None
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(LossModule):
     """`nt_xent` as a module: see there for the arguments.
 
     With learnable_temperature=True the temperature is a parameter, kept as its logarithm so that no step of an
@@ -107,26 +108,15 @@ class NTXentLoss(nn.Module):
         grad_reduction: str = "mean",
         exchange: str = "gather",
     ):
-        super().__init__()
-        checks.positive("NTXentLoss", "temperature", temperature, torch.device("cpu"))
-        if isinstance(temperature, Tensor) and temperature.requires_grad:
-            raise ValueError(
-                "NTXentLoss: temperature must be a number (learnable_temperature=True makes it a parameter), "
-                "got a tensor that requires grad"
-            )
+        super().__init__(
+            nt_xent,
+            normalize=normalize, reduction=reduction, group=group, grad_reduction=grad_reduction, exchange=exchange,
+        )  # fmt: skip
+        self._temperature = checks.constant("NTXentLoss", "temperature", temperature)
         checks.flag("NTXentLoss", "learnable_temperature", learnable_temperature)
         self.log_temperature = None
-        self._temperature = float(temperature)
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(float(temperature))))
-        self.settings = {
-            "normalize": normalize,
-            "reduction": reduction,
-            "group": group,
-            "grad_reduction": grad_reduction,
-            "exchange": exchange,
-        }
-        checks.options("NTXentLoss", **{key: value for key, value in self.settings.items() if key != "group"})
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(self._temperature)))
 
     @property
     def temperature(self) -> float | Tensor:
@@ -140,6 +130,4 @@ class NTXentLoss(nn.Module):
         shown = [f"temperature={torch.as_tensor(self.temperature).item():.4g}"]
         if self.log_temperature is not None:
             shown.append("learnable_temperature=True")
-        defaults = nt_xent.__kwdefaults__
-        shown += [f"{key}={value!r}" for key, value in self.settings.items() if value != defaults[key]]
-        return ", ".join(shown)
+        return ", ".join([*shown, *self.changed_settings()])

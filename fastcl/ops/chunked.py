@@ -1,7 +1,7 @@
-"""The four ops in plain torch, a chunk of rows at a time: no full matrix, any device, any floating dtype.
+"""All ops in plain torch, a chunk of rows at a time: no full matrix, any device, any floating dtype.
 
-The fallback where no kernel serves: CPU tensors without the compiled extension, CUDA tensors without Triton,
-and float64 on CUDA.
+The fallback where no kernel serves: CPU tensors without the compiled extension, CUDA tensors without Triton
+or without the CUDA kernels of the sorts, and float64 on CUDA.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x / max(||x||, EPS), 1 / ||x|| or 0 for rows shorter than EPS), in the dtype that losses calculate in."""
+    z = x.to(compute_dtype(x.dtype))
+    peak = torch.linalg.vector_norm(z, torch.inf, dim=1, keepdim=True)
+    peak = torch.where(peak == 0, 1.0, peak)
+    # Scaled by the largest entry, so that squares neither overflow nor vanish.
+    z = z / peak
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True) * peak
+    return z.mul_(peak / norm.clamp_min(EPS)), torch.where(norm < EPS, 0.0, 1 / norm)[:, 0]
+
+
 def normalize_pair(x1: Tensor, x2: Tensor, normalize: bool):
     z = torch.cat([x1, x2]).to(compute_dtype(x1.dtype))
     rnorm = z.new_empty(0)
     if normalize:
-        peak = z.abs().amax(1, keepdim=True) if z.numel() else z.new_ones(z.shape[0], 1)
-        peak = torch.where(peak == 0, 1.0, peak)
-        norm = torch.linalg.vector_norm(z / peak, dim=1, keepdim=True) * peak
-        z = z / norm.clamp_min(EPS)
-        rnorm = torch.where(norm < EPS, 0.0, 1 / norm)[:, 0]
+        z, rnorm = unit_rows(z)
     n = x1.shape[0]
     return z, rnorm, (z[:n] * z[n:]).sum(1)
 
@@ -107,3 +114,38 @@ def pair_backward(z: Tensor, rnorm: Tensor, grad_lse: Tensor, lse_coef: Tensor, 
     dx = dz.to(dtype)
     # Two results must not share memory.
     return dx[:n].clone(), dx[n:].clone(), (z * grad_lse).sum(1)
+
+
+def segmented_sort(x: Tensor, descending: bool) -> tuple[Tensor, Tensor]:
+    values, indices = torch.sort(x, dim=1, descending=descending, stable=True)
+    return values.contiguous(), indices.int().contiguous()
+
+
+def wasserstein_1d(x: Tensor, y: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """Cell r of x, [r K, (r + 1) K) in units of 1 / (M K), meets the cells (r K) // M + 0, 1, ... of y, at most
+    K // M + 2 of them: their overlaps are the weights of one small sum a row, in the same order on every run."""
+    (p, m), k = x.shape, y.shape[1]
+    reach = 1 if k == m else k // m + 2
+    row = torch.arange(m, device=x.device)[:, None] * k
+    column = row // m + torch.arange(reach, device=x.device)
+    overlap = torch.minimum(row + k, (column + 1) * m) - torch.maximum(row, column * m)
+    column, weight = column.clamp(max=k - 1), overlap.clamp(min=0).to(x.dtype) / (m * k)
+    grad = x.new_empty(x.shape)
+    cost = x.new_empty(x.shape) if per_row else x.new_empty(p, dtype=torch.float64)
+    step = max(1, CHUNK_ELEMENTS // (m * reach))
+    for start in range(0, p, step):
+        rows = slice(start, start + step)
+        ordered, place = torch.sort(x[rows], dim=1, stable=True)
+        other = torch.sort(y[rows], dim=1).values[:, column]
+        # An infinite distance over an overlap of no width is 0, not NaN.
+        distance = torch.where(weight > 0, ordered[:, :, None] - other, 0.0)
+        slope = distance * weight
+        grad[rows].scatter_(1, place, 2 * slope.sum(2))
+        share = (slope * distance).sum(2)
+        if per_row:
+            cost[rows].scatter_(1, place, share)
+        else:
+            # In pieces too short to be split over threads, whose number would show in the last digits.
+            pieces = [piece.sum(1, dtype=torch.float64) for piece in share.split(2**14, 1)]
+            cost[rows] = torch.stack(pieces).sum(0)
+    return cost, grad

@@ -1,10 +1,11 @@
 """Two views against all rows of the batch: the autograd.Function under every two-view contrastive loss.
 
-    loss_i = lse_coef * log(1 + exp(x_i)) - rest_coef * <z_i, z_p(i)>,      i over M = 2N rows, p(i) the partner
+    loss_i = lse_coef * log sum_{k != i} exp(s <z_i, z_k>) - pos_coef * <z_i, z_p(i)>
+           = lse_coef * log(1 + exp(x_i)) - (pos_coef - lse_coef * s) * <z_i, z_p(i)>
     x_i = log sum_{k != i, p(i)} exp(s <z_i, z_k>) - s <z_i, z_p(i)>
 
-with z the stacked (normalised) views. NT-Xent is lse_coef = 1, rest_coef = 0, because lse_i - S_i,p(i) is
-log(1 + exp(x_i)); other weightings of alignment and distribution are other coefficients, never another kernel.
+over the M = 2N rows i, p(i) the partner, z the stacked (normalised) views. NT-Xent is lse_coef = 1, pos_coef = s;
+other weightings of alignment and distribution are other coefficients, never another kernel.
 
 The kernels leave the positive out of the sum. Were it in, the loss of a well-trained pair would be the difference
 of two nearly equal numbers, and its gradient 1 - p with p rounded to 16 bits; so both are exact to the last digits.
@@ -21,28 +22,13 @@ from torch.autograd.function import FunctionCtx
 
 from .. import ops
 from ..distributed import Ranks
-
-
-class _RaiseOnBackward(torch.autograd.Function):
-    """Identity on gradients whose own derivative is not implemented."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, name: str, *grads: Tensor | None):
-        ctx.name = name
-        return tuple(grad if grad is None else grad.view_as(grad) for grad in grads)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *_):
-        raise RuntimeError(
-            f"{ctx.name}: double backward is not supported; "
-            "use fastcl.reference for a version that differentiates twice"
-        )
+from .double_backward import refuse_double_backward
 
 
 class TwoViewLoss(torch.autograd.Function):
-    """(x1, x2, scale, lse_coef, rest_coef) -> sum of loss_i over all ranks, or this rank's loss_i [2n].
+    """(x1, x2, scale, lse_coef, pos_coef) -> sum of loss_i over all ranks, or this rank's loss_i [2n].
 
-    A coefficient of None is its NT-Xent value. Never materialised: anything of M x M. Saved for backward:
+    Both coefficients are None for NT-Xent. Never materialised: anything of M x M. Saved for backward:
     z [2n, D], the gathered rows (many ranks), and a few vectors.
     """
 
@@ -53,7 +39,7 @@ class TwoViewLoss(torch.autograd.Function):
         x2: Tensor,  # [n, D]
         scale: Tensor,  # []
         lse_coef: Tensor | None,  # []
-        rest_coef: Tensor | None,  # []
+        pos_coef: Tensor | None,  # []
         bound: float,
         normalize: bool,
         reduce: bool,
@@ -69,25 +55,22 @@ class TwoViewLoss(torch.autograd.Function):
         x = ops.lse_forward(z, columns, scale, bound, offset, x1.shape[0]) - scale * pos
         rows = _log1p_exp(x)
         if lse_coef is not None:
-            rows = lse_coef * rows
-        if rest_coef is not None:
-            rows = rows - rest_coef * pos
-        ctx.save_for_backward(z, columns, rnorm, pos, x, scale, lse_coef, rest_coef)
+            rows = lse_coef * rows - _rest(scale, lse_coef, pos_coef) * pos
         ctx.bound, ctx.reduce, ctx.ranks, ctx.name = bound, reduce, ranks, name
         ctx.dtype = x1.dtype
-        if not reduce:
-            return rows.to(scale.dtype)
-        loss = rows.sum()
-        return (loss if ranks is None else ranks.sum(loss)).to(scale.dtype)
+        loss = rows
+        if reduce:
+            loss = rows.sum()
+            loss = loss if ranks is None else ranks.sum(loss)
+        loss = loss.to(scale.dtype)
+        ctx.save_for_backward(z, columns, rnorm, pos, x, scale, lse_coef, pos_coef, loss)
+        return loss
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor):
         with torch.no_grad():
             grads = _two_view_backward(ctx, grad)
-        if torch.is_grad_enabled():
-            # Under create_graph: whoever differentiates these is told, instead of getting zeros.
-            grads = _RaiseOnBackward.apply(ctx.name, *(g if g is None else g.requires_grad_() for g in grads))
-        return *grads, None, None, None, None, None
+        return *refuse_double_backward(ctx.name, ctx.saved_tensors[-1], *grads), None, None, None, None, None
 
 
 def _log1p_exp(x: Tensor) -> Tensor:
@@ -95,14 +78,18 @@ def _log1p_exp(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-def _upstream(ctx: FunctionCtx, grad: Tensor):
+def _rest(scale: Tensor, lse_coef: Tensor, pos_coef: Tensor) -> Tensor:
+    """What log(1 + exp(x)) leaves of the positive. In float64: it is 0 where the loss is a multiple of NT-Xent."""
+    return pos_coef.double() - lse_coef.double() * scale
+
+
+def upstream_weights(grad: Tensor, reduce: bool, ranks: Ranks | None):
     """(grad, w, w_columns): the upstream gradient as a number times row weights in [-1, 1], None for all ones.
     Without ranks the columns are the rows, and have no weights of their own.
 
     The number stays outside the kernels and in fp32: 1 / M inside a 16-bit weight would flush to zero.
     """
-    ranks: Ranks | None = ctx.ranks
-    if ctx.reduce:
+    if reduce:
         return (grad if ranks is None else grad * ranks.grad_factor), None, None
     w_columns = grad if ranks is None else ranks.gather_vector(grad)
     peak = w_columns.abs().amax()
@@ -111,9 +98,9 @@ def _upstream(ctx: FunctionCtx, grad: Tensor):
 
 
 def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
-    z, columns, rnorm, pos, x, scale, lse_coef, rest_coef = ctx.saved_tensors
+    z, columns, rnorm, pos, x, scale, lse_coef, pos_coef, _ = ctx.saved_tensors
     ranks: Ranks | None = ctx.ranks
-    grad, w, w_columns = _upstream(ctx, grad)
+    grad, w, w_columns = upstream_weights(grad, ctx.reduce, ranks)
     softplus = _log1p_exp(x)
     lse = scale * pos + softplus
     # float32 over the wire: half a unit in its last place is what ranks may differ by.
@@ -127,16 +114,18 @@ def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
     pull_grad = lse_grad * scale
     share = torch.sigmoid(x) if w is None else w * torch.sigmoid(x)
     pull = pull_grad * share
-    if rest_coef is not None:
-        pull = pull + grad * rest_coef * (1.0 if w is None else w)
+    if lse_coef is not None:
+        pull = pull + grad * _rest(scale, lse_coef, pos_coef) * (1.0 if w is None else w)
     dx1, dx2, rowdot = ops.pair_backward(z, rnorm, grad_lse, pull_grad, pull.to(scale.dtype), ctx.dtype)
-    d_scale = d_lse = d_rest = None
+    d_scale = d_lse = d_pos = None
     dtype = scale.dtype
     if ctx.needs_input_grad[2]:
         # Each S_ik stands in row i and in row k of grad_lse, hence the half.
-        d_scale = (lse_grad * (0.5 * rowdot - share * pos).sum()).to(dtype)
+        # The positive: - (1 - p) of NT-Xent, p of the log-sum-exp alone.
+        of_pos = -share if lse_coef is None else torch.sigmoid(-x) * (1.0 if w is None else w)
+        d_scale = (lse_grad * (0.5 * rowdot + of_pos * pos).sum()).to(dtype)
     if ctx.needs_input_grad[3]:
-        d_lse = (grad * (softplus if w is None else w * softplus).sum()).to(dtype)
+        d_lse = (grad * (lse if w is None else w * lse).sum()).to(dtype)
     if ctx.needs_input_grad[4]:
-        d_rest = (-grad * (pos if w is None else w * pos).sum()).to(dtype)
-    return dx1, dx2, d_scale, d_lse, d_rest
+        d_pos = (-grad * (pos if w is None else w * pos).sum()).to(dtype)
+    return dx1, dx2, d_scale, d_lse, d_pos

@@ -1,0 +1,74 @@
+"""What every loss does around its mathematics: which rows there are, over which ranks, and the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..ops.chunked import compute_dtype
+
+
+class Batch(NamedTuple):
+    """The global batch: `total` rows over `ranks`, or in this process where that is None."""
+
+    ranks: distributed.Ranks | None
+    total: int
+
+
+def open_batch(
+    name: str,
+    group,
+    check: Callable[[], tuple[Tensor, object]],
+    settings: dict[str, object],
+    *,
+    argument: str,
+    views: int = 1,
+    least: int = 1,
+    seed: Callable[[], int] = lambda: 0,
+) -> Batch:
+    """Check the arguments, here or on all ranks together, and count the rows: `views` for each row of the tensor.
+
+    `check` raises or returns (tensor of rows, temperature); `settings` are what all ranks must pass alike;
+    `seed` draws the number of which the first rank's is that of all; `argument` and `least` are for the message about
+    too few rows.
+    """
+    process_group = distributed.resolve_group(name, group)
+    if process_group is None:
+        x, _ = check()
+        ranks, total, where = None, views * x.shape[0], ""
+    else:
+        ranks = distributed.agree(name, process_group, check, settings, views, seed)
+        total, where = sum(ranks.counts), " over all ranks"
+    if total < least:
+        rows = "one row" if least == 1 else f"{least} rows"
+        raise ValueError(f"{name}: {argument} must have at least {rows}{where}, got {total}")
+    return Batch(ranks, total)
+
+
+def scale_of(temperature: float | Tensor, x: Tensor) -> Tensor:
+    """1 / temperature as a tensor beside x, in the dtype that losses calculate in."""
+    dtype = compute_dtype(x.dtype)
+    if not isinstance(temperature, Tensor):
+        return torch.full((), 1 / temperature, dtype=dtype, device=x.device)
+    scale = temperature.reshape(()).to(x.device, dtype).reciprocal()
+    # Where the value could not be checked without waiting for the device, a bad one gives NaN.
+    return torch.where((scale > 0) & scale.isfinite(), scale, torch.nan)
+
+
+def product_bound(temperature: float | Tensor, normalize: bool) -> float:
+    """A bound on |<z_i, z_j>| / temperature that the host knows, or -1."""
+    return 1 / temperature if normalize and not isinstance(temperature, Tensor) else -1.0
+
+
+def reduce_rows(rows: Tensor, reduction: str, batch: Batch) -> Tensor:
+    """This rank's loss rows as they are, or their sum or mean over the global batch."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    if batch.ranks is not None:
+        total = distributed.GlobalSum.apply(total, batch.ranks)
+    return total / batch.total if reduction == "mean" else total

@@ -31,3 +31,24 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Anything that reaches the computation fails the test."""
+    # Not above: the kernels are decorated for the interpreter or for a GPU.
+    import fastcl.ops
+    from fastcl.losses import alignment, draws
+    from fastcl.ops import rows, similarity, sorting
+
+    def reached(*_, **__):
+        pytest.fail("bad input reached the computation")
+
+    for name in fastcl.ops.SCHEMAS:
+        monkeypatch.setattr(fastcl.ops, name, reached)
+    functions = (similarity.TwoViewLoss, rows.UnitRows, rows.RowLogSumExp)
+    for function in (*functions, sorting.SegmentedSort, sorting.SlicedWasserstein):
+        monkeypatch.setattr(function, "apply", reached)
+    monkeypatch.setattr(alignment, "_with_lengths", reached)
+    for name in ("prior_samples", "orthogonal_projections"):
+        monkeypatch.setattr(draws, name, reached)

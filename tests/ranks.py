@@ -29,6 +29,8 @@ def _outcome(case, rank, world, name, directory):
             world_size=world,
             timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
         )
+        # A rank whose case needs no collective could leave while a slower one is still connecting to it.
+        dist.barrier()
         torch.manual_seed(rank)
         case(rank, world)
         return ""

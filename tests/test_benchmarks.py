@@ -20,7 +20,20 @@ from fastcl.kernels import launch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import accuracy, compare, eager, floor, gpu, gpu_cases, gpu_report, memory, report, timing, tune
+from benchmarks import (
+    accuracy,
+    compare,
+    eager,
+    floor,
+    gpu,
+    gpu_cases,
+    gpu_report,
+    gpu_runner,
+    memory,
+    report,
+    timing,
+    tune,
+)
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -132,7 +145,7 @@ def test_compare_leaves_eager_out_where_its_matrices_do_not_fit(monkeypatch):
     assert compare.markdown([row]).splitlines()[-1].endswith("| 1.0 | - |")
 
 
-@pytest.mark.parametrize("name", ["gpu.py", "tune.py", "gpu_cases.py"])
+@pytest.mark.parametrize("name", ["gpu.py", "tune.py", "gpu_cases.py", "gpu_swd.py"])
 def test_without_cuda_one_line_and_exit_status_2(name, tmp_path):
     done = script(name, *(["--out", str(tmp_path / "x")] if name != "tune.py" else []))
     assert done.returncode == 2
@@ -232,15 +245,15 @@ def test_a_run_resumes_behind_the_case_that_ended_it(tmp_path, monkeypatch):
     path = tmp_path / "cases.jsonl"
     todo = [gpu_cases.Case("fp32", 8, 16), gpu_cases.Case("bf16", 8, 16), gpu_cases.Case("fp16", 8, 16)]
     path.write_text(json.dumps({"start": todo[0].key}) + "\n")
-    left = [case for case in todo if case.key not in gpu_cases.settled(path)]
+    left = [case for case in todo if case.key not in gpu_runner.settled(path)]
     assert left == todo[1:]
 
     def broken(z1, z2, temperature=0.1):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(gpu_cases.eager, "nt_xent", broken)
-    assert gpu_cases.run_all(left, path, CPU, time.monotonic() + 60, 0.0) == 0
-    assert gpu_cases.run_all(todo[:1], path, CPU, time.monotonic() - 1, 0.0) == 0
+    assert gpu_runner.run_all(left, gpu_cases.run_case, path, CPU, time.monotonic() + 60, 0.0) == 0
+    assert gpu_runner.run_all(todo[:1], gpu_cases.run_case, path, CPU, time.monotonic() - 1, 0.0) == 0
     with path.open("a") as file:
         file.write('{"done": "cut sho')
     found = gpu.read_cases(path)
@@ -344,8 +357,9 @@ def test_a_phase_that_fails_costs_that_phase_alone(tmp_path):
         raise OSError("disk on fire")
 
     phases = {"tests": broken, "cases": lambda limit: ran.append(limit), "tune": lambda limit: ran.append(limit)}
-    gpu.run_phases(results, tmp_path, tmp_path, 100.0, phases)
+    gpu.run_phases(results, {"name": "x", "problems": []}, tmp_path, 100.0, phases)
     assert len(ran) == 2 and ran[0] + ran[1] > 85
+    assert json.loads((tmp_path / "swd.json").read_text())["passed"]
     assert set(results["seconds"]) == set(phases) and not results["passed"]
     saved = json.loads((tmp_path / "nt_xent.json").read_text())
     assert "disk on fire" in saved["problems"][0]

@@ -28,15 +28,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, tor
 CASES: dict[str, tuple[int, functools.partial]] = {}
 
 
-def case(worlds, **options):
+def case(worlds, cases=CASES, **options):
     """Register a function (rank, world, **options) as a case of each of these world sizes."""
 
     def register(function):
         suffix = "".join(f"-{key}={value}" for key, value in options.items()).replace("torch.", "")
         for world in worlds:
             name = f"{function.__name__}{suffix}-{world}".replace(" ", "_")
-            assert name not in CASES
-            CASES[name] = (world, functools.partial(function, **options))
+            assert name not in cases
+            cases[name] = (world, functools.partial(function, **options))
         return function
 
     return register
@@ -370,13 +370,14 @@ def distributed_data_parallel(rank, world):
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
-    """Starts a world for the selected cases of its size, at most once."""
-    selected = [item.callspec.params["name"] for item in request.session.items if item.module is request.module]
+    """Starts a world for the selected cases of its size, at most once for a module."""
+    module = request.module
+    selected = [item.callspec.params["name"] for item in request.session.items if item.module is module]
 
     @functools.cache
     def of_world(world):
-        names = [name for name in selected if CASES[name][0] == world]
-        return run_world(__name__, world, names, tmp_path_factory.mktemp(f"world{world}"))
+        names = [name for name in selected if module.CASES[name][0] == world]
+        return run_world(module.__name__, world, names, tmp_path_factory.mktemp(f"world{world}"))
 
     return of_world
 

@@ -14,6 +14,7 @@ import fastcl
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FUNCTIONS = [name for name in fastcl.__all__ if inspect.isfunction(getattr(fastcl, name))]
+LOSSES = [name for name in FUNCTIONS if name.endswith(("_loss", "_xent"))]
 MODULES = [name for name in fastcl.__all__ if isinstance(getattr(fastcl, name), type)]
 
 
@@ -40,9 +41,21 @@ def test_functions_say_what_they_compute_take_and_raise(name):
         assert section in text, f"{name}: no {section}"
     raised = text.split("Raises:")[1]
     assert "TypeError" in raised and "ValueError" in raised, name
+    assert re.search(r"\[([A-Z0-9]+|\.\.\.)(, [A-Z0-9]+)+\]", text), f"{name}: no shape"
+    assert "NaN" in text, name
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_have_a_formula_and_say_how_ranks_share_them(name):
+    text = documentation(name)
     assert re.search(r"^L = .*(log|sum|mean)", text, re.MULTILINE), f"{name}: no formula"
-    assert re.search(r"\[[A-Z0-9]+(, [A-Z0-9]+)+\]", text), f"{name}: no shape"
-    assert "NaN" in text and "group" in text, name
+    assert "group" in text and "over ranks" in text, name
+
+
+def test_every_loss_has_its_module():
+    """And nothing else has one."""
+    pointed_at = {word for name in MODULES for word in re.findall(r"`(\w+)`", documentation(name))}
+    assert pointed_at & set(FUNCTIONS) == set(LOSSES) and len(MODULES) == len(LOSSES)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -280,7 +280,7 @@ def test_run_on_a_folder_names_what_it_could_not_read(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("simclr.train.nt_xent", lambda z1, z2, temperature: (z1 - z2).sum() * math.nan)
+    monkeypatch.setattr("simclr.losses.build", lambda settings: lambda z1, z2: (z1 - z2).sum() * math.nan)
     assert cli.main(["digits", "--out", str(tmp_path), "--no-probe", *SHORT]) == 1
     assert "step 2: the loss is nan" in capfd.readouterr().err.splitlines()[-1]
 

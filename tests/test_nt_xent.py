@@ -175,7 +175,7 @@ def test_other_weights_of_alignment_and_distribution(backend, weight):
     leaves = [torch.randn(9, 5, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
     leaves += [torch.tensor(x, dtype=torch.float64, device=device, requires_grad=True) for x in (3.0, weight)]
     x1, x2, scale, coefficient = leaves
-    got = TwoViewLoss.apply(x1, x2, scale, coefficient, 1 - coefficient * scale, -1.0, True, True, None, "decoupled")
+    got = TwoViewLoss.apply(x1, x2, scale, coefficient, torch.ones_like(scale), -1.0, True, True, None, "decoupled")
     z = reference.stack_views(x1, x2)
     exact = (coefficient * reference.similarity_lse(z, z, scale, 0) - reference.positives(z)).sum()
     check("decoupled", got, exact, exact, torch.float64)

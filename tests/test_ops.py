@@ -11,7 +11,7 @@ OPCHECK = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def samples(dtype=torch.float32, normalize=True):
-    """Arguments of every op, as nt_xent calls them."""
+    """Arguments of every op, as the losses call them."""
     x1, x2 = torch.randn(2, 9, 5).to(dtype)
     z, rnorm, pos = ops.normalize_pair(x1, x2, normalize)
     scale = torch.tensor(3.0, dtype=z.dtype)
@@ -25,6 +25,10 @@ def samples(dtype=torch.float32, normalize=True):
     yield ops.lse_backward, (z[4:], z, scale, -1.0, 4, 7, lse[4:], lse, w[4:], w)
     yield ops.lse_backward, (z[4:], z, scale, -1.0, 4, 7, lse[4:], None, None, None)
     yield ops.pair_backward, (z, rnorm, grad, scale, w, dtype)
+    yield ops.segmented_sort, (x1, normalize)
+    yield ops.segmented_sort, (x1.T, normalize)
+    yield ops.wasserstein_1d, (z, z[:, :3] + 1, normalize)
+    yield ops.wasserstein_1d, (z.T, z.T + 1, normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -42,11 +46,23 @@ def test_schemas_agree():
         assert registered == stated, f"{name}: {registered} != {stated}"
 
 
-def test_backends_say_why():
-    served = ops.backends()
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_backends_say_why(name):
+    served = ops.backends(name)
     assert served["cpu"].startswith("C++" if _native.LOADED else "chunked torch")
     assert _native.REASON in served["cpu"]
-    assert served["cpu"] in info.report() or "chunked torch" in info.report() or "C++" in info.report()
+    rows = [line.split(maxsplit=2) for line in info.report().splitlines()]
+    for device, serves in served.items():
+        assert [name, device, serves] in rows
+
+
+def test_what_serves_cuda_tensors():
+    """Triton the matrices, CUDA the sorts."""
+    for name in ops.SCHEMAS:
+        built, missing = ("CUDA", "without CUDA") if name in ops.SORTS else ("Triton", "triton is not installed")
+        there = _native.CUDA if name in ops.SORTS else ops.TRITON
+        serves = ops.backends(name)["cuda"]
+        assert serves.startswith(built) if there else serves.startswith("chunked torch") and missing in serves
 
 
 @pytest.mark.parametrize("tensor_temperature", [False, True])

@@ -54,6 +54,15 @@ def test_unfit_extension_is_not_loaded(package_copy: Path, record: str, expected
     assert expected in reason
 
 
+@pytest.mark.skipif(not _native.LOADED, reason=_native.REASON)
+def test_older_extension_is_named(package_copy: Path):
+    """Of the same torch, but built before the package had another op."""
+    ops = package_copy / "fastcl" / "ops" / "__init__.py"
+    ops.write_text(ops.read_text().replace('SCHEMAS = {\n', 'SCHEMAS = {\n    "newer_op": "(Tensor x) -> Tensor",\n'))
+    code = "try:\n    import fastcl\nexcept ImportError as error:\n    print(error)"
+    assert "lacks newer_op: build it again" in run_python(code, package_copy, package_copy.parent)
+
+
 def test_missing_record_means_not_built(package_copy: Path):
     (package_copy / "fastcl" / "_C_build.json").unlink(missing_ok=True)
     loaded, reason = run_python(PRINT_NATIVE, package_copy, package_copy.parent).splitlines()

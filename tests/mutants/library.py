@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from composed import COMPOSED, LOSS_RANKS, ROWS
 from mutant import INPUTS, MODULE, NT_XENT, RANKS, Mutant
 
 SIMILARITY_FILE = "fastcl/ops/similarity.py"
@@ -43,9 +44,9 @@ FUNCTION = [
     ),
     Mutant(
         "double backward gives zeros",
-        SIMILARITY_FILE,
-        "if torch.is_grad_enabled():",
-        "if False:",
+        "fastcl/ops/double_backward.py",
+        "if not torch.is_grad_enabled():",
+        "if True:",
         INPUTS + "test_double_backward_is_refused[0-mean]",
     ),
     Mutant(
@@ -141,11 +142,67 @@ DISTRIBUTED = [
         RANKS + "[all_ranks_raise-what=other_temperature-2]",
     ),
     Mutant(
+        "received blocks laid out as columns",
+        RANKS_FILE,
+        "block.view(mine, count) for",
+        "block.view(count, mine).T for",
+        LOSS_RANKS + "[contract-what=swd-2]",
+    ),
+    Mutant(
+        "gradients sent back row by row",
+        RANKS_FILE,
+        "torch.cat([block.flatten() for block in x.split(self.counts, 1)])",
+        "x.contiguous().flatten()",
+        LOSS_RANKS + "[contract-what=swd-2]",
+    ),
+    Mutant(
+        "every rank projects the samples on the first directions",
+        RANKS_FILE,
+        "first = sum(shares[: self.rank])",
+        "first = 0",
+        LOSS_RANKS + "[contract-what=swd-2]",
+    ),
+    Mutant(
+        "factor W of sums of rows dropped",
+        RANKS_FILE,
+        "return grad * ctx.factor, None",
+        "return grad, None",
+        LOSS_RANKS + "[contract-what=alignment-2]",
+    ),
+    Mutant(
+        "factor W of the sliced distance dropped",
+        "fastcl/ops/sorting.py",
+        "weight = weight * ctx.ranks.grad_factor",
+        "weight = weight * 1",
+        LOSS_RANKS + "[contract-what=swd-2]",
+    ),
+    Mutant(
+        "every rank draws with a seed of its own",
+        RANKS_FILE,
+        "rows[0][5])",
+        "rows[dist.get_rank(group)][5])",
+        LOSS_RANKS + "[draws_are_those_of_rank_0-2]",
+    ),
+    Mutant(
+        "settings may differ over ranks",
+        RANKS_FILE,
+        "        if other:\n",
+        "        if not rows:\n",
+        LOSS_RANKS + "[all_ranks_raise-function=swd_loss-2]",
+    ),
+    Mutant(
         "mean over this rank's rows",
-        "fastcl/losses/two_view.py",
-        "total = sum(ranks.counts)",
-        "total = 2 * max(z1.shape[0], 1)",
+        "fastcl/losses/batch.py",
+        "total, where = sum(ranks.counts),",
+        "total, where = max(ranks.counts[ranks.rank], 1),",
         RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
+    ),
+    Mutant(
+        "rows summed on this rank alone",
+        "fastcl/losses/batch.py",
+        "total = distributed.GlobalSum.apply(total, batch.ranks)",
+        "total = total * 1",
+        LOSS_RANKS + "[contract-what=alignment-2]",
     ),
 ]
 
@@ -173,4 +230,4 @@ CHECKS = [
     ),
 ]
 
-MUTANTS = [*FUNCTION, *CHUNKED, *DISTRIBUTED, *CHECKS]
+MUTANTS = [*FUNCTION, *CHUNKED, *DISTRIBUTED, *ROWS, *COMPOSED, *CHECKS]

@@ -8,6 +8,11 @@ KERNELS = "tests/test_kernels.py::"
 NT_XENT = "tests/test_nt_xent.py::"
 INPUTS = "tests/test_inputs.py::"
 MODULE = "tests/test_module.py::"
+SORT = "tests/test_sort.py::"
+WASSERSTEIN = "tests/test_wasserstein.py::"
+SWD = "tests/test_swd.py::"
+SWD_INPUTS = "tests/test_swd_inputs.py::"
+DRAWS = "tests/test_draws.py::"
 RANKS = "tests/test_distributed.py::test_ranks"
 
 

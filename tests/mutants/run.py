@@ -24,12 +24,21 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda
 import library
 import native
+import sorting
 import triton_kernels
 from mutant import Mutant
 
-MUTANTS = [*native.MUTANTS, *triton_kernels.MUTANTS, *library.MUTANTS]
+MUTANTS = [
+    *native.MUTANTS,
+    *sorting.NATIVE,
+    *cuda.MUTANTS,
+    *triton_kernels.MUTANTS,
+    *library.MUTANTS,
+    *sorting.MUTANTS,
+]
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("csrc", "fastcl", "tests", "setup.py", "pyproject.toml")
 TEST_SECONDS, BUILD_SECONDS = 180, 900
@@ -137,7 +146,8 @@ def try_mutant(mutant: Mutant, copy: Copy) -> tuple[Mutant, str, float]:
 
 
 def needs_build(mutant: Mutant) -> bool:
-    return mutant.file.startswith("csrc/")
+    """Of the extension; the test of a CUDA mutant compiles what it runs."""
+    return mutant.file.startswith("csrc/") and not mutant.file.startswith("csrc/cuda/")
 
 
 def check_unchanged(copy: Copy, mutants: list[Mutant]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import data, model, optim
+from . import data, losses, model, optim
 from .errors import UsageError
 from .report import write_report
 from .train import Log, NonFiniteLoss, Trainer
@@ -35,9 +35,13 @@ def _positive(kind):
     return parse
 
 
+def _by_loss(argument):
+    return "default: " + ", ".join(f"{value:g} for {name}" for name, value in losses.defaults(argument).items())
+
+
 def _parser(prog):
     count, number = _positive(int), _positive(float)
-    parser = Parser(prog=prog, description="Train an encoder with SimCLR's loss, probe it, and write a report.")
+    parser = Parser(prog=prog, description="Train an encoder with a contrastive loss, probe it, and write a report.")
     parser.add_argument("data", metavar="DATA", help="folder of pictures, one sub-folder per class (or train/ and val/ "
                         "like that), or `digits` for the small set that comes with scikit-learn")
     parser.add_argument("--out", default="results/simclr", help="folder for what comes out (%(default)s)")
@@ -51,8 +55,12 @@ def _parser(prog):
     group.add_argument("--strength", type=number, default=1.0, help="of the colour jitter (%(default)s)")
     group.add_argument("--workers", type=int, default=max(1, min(8, torch.get_num_threads() - 1)),
                        help="processes that read and augment (%(default)s)")
+    group = parser.add_argument_group("loss")
+    group.add_argument("--loss", choices=tuple(losses.LOSSES), default="nt_xent", help="(%(default)s) "
+                       + "; ".join(f"{name}: {loss.help}" for name, loss in losses.LOSSES.items()))
+    group.add_argument("--temperature", type=number, help=_by_loss("temperature"))
+    group.add_argument("--loss-weight", type=number, help="lambda, of the distribution term; " + _by_loss("weight"))
     group = parser.add_argument_group("training")
-    group.add_argument("--temperature", type=number, default=0.2, help="(%(default)s)")
     group.add_argument("--batch", type=count, default=128, help="pictures per step, over all processes (%(default)s)")
     group.add_argument("--epochs", type=count, default=100, help="(%(default)s)")
     group.add_argument("--steps", type=count, help="default: as many as the epochs have")
@@ -80,6 +88,7 @@ def parse(arguments, prog):
         value = getattr(settings, name)
         if not low <= value <= high:
             parser.error(f"argument --{name.replace('_', '-')}: expected {low} to {high}, got {value}")
+    losses.fill_in(settings, parser.error)
     lr, scaling = LEARNING_RATES[settings.optimizer]
     settings.lr = settings.lr or lr
     settings.lr_scaling = settings.lr_scaling or scaling
@@ -156,9 +165,9 @@ def _run(settings, device, rank, world):
     network = network.to(device, memory_format=torch.channels_last)
     lr = optim.scaled_lr(settings.lr, settings.batch, settings.lr_scaling)
     log = Log(folder / "log.jsonl", enabled=rank == 0)
-    log.write("settings", **vars(settings))
+    log.write("settings", **vars(settings), loss_settings=losses.describe(settings))
     optimizer = optim.build_optimizer(settings.optimizer, network, lr, settings.weight_decay)
-    trainer = Trainer(settings, source, network, optimizer, lr, log, device, rank, world)
+    trainer = Trainer(settings, source, network, losses.build(settings), optimizer, lr, log, device, rank, world)
     started = time.perf_counter()
     trainer.run()
     facts = dict(seconds=time.perf_counter() - started, device=_device_name(device), processes=world,

@@ -235,11 +235,16 @@ def _one_thread(_worker):
     torch.set_num_threads(1)  # one core per worker process: the pools of several would fight over the cores
 
 
+def _own_stream():
+    """A loader draws a seed for its workers: from here, so that the draws of a loss do not depend on the loaders."""
+    return torch.Generator()
+
+
 def train_loader(source, batches, seed, workers, pin):
     return DataLoader(TwoViews(source.train, source.views, seed), batch_sampler=batches, num_workers=workers,
-                      collate_fn=collate, pin_memory=pin, worker_init_fn=_one_thread)
+                      collate_fn=collate, pin_memory=pin, worker_init_fn=_one_thread, generator=_own_stream())
 
 
 def plain_loader(pictures, transform, batch, workers):
     return DataLoader(Plain(pictures, transform), batch_size=batch, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=_one_thread)
+                      worker_init_fn=_one_thread, generator=_own_stream())

@@ -1,5 +1,6 @@
 """The pictures of a report. Every function draws one PNG file."""
 
+import itertools
 import math
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 TRAINED, UNTRAINED, SECOND = "#1f5fa8", "#9a9a9a", "#d1751f"
 RIGHT, WRONG = "#2e9e4f", "#c8372d"
+LINES = (TRAINED, SECOND, RIGHT, WRONG, "#7b4fa3", "#2aa5b5")  # of one picture, each told from the others
 DPI = 110
 
 
@@ -32,16 +34,19 @@ def _save(figure, path):
     plt.close(figure)
 
 
-def curves(path, steps, probes, batch):
-    """Loss, contrastive top-1 and (where there are probes) accuracy of the frozen features, over the steps."""
+def curves(path, steps, probes, loss_title, others=None):
+    """Loss, contrastive top-1 and (where there are probes) accuracy of the frozen features, over the steps.
+
+    `others`: for NT-Xent, how many rows a row is compared with; draws its loss for rows that are all alike.
+    """
     figure, panels = plt.subplots(1, 3 if probes else 2, figsize=(13.5 if probes else 9, 3.9), layout="constrained")
     step, loss, top1 = _columns(steps, "step", "loss", "top1")
-    chance = math.log(2 * batch - 1)
-    _panel(panels[0], "NT-Xent loss", "loss [nats]")
+    _panel(panels[0], "Training loss", loss_title)
     panels[0].plot(step, loss, color=TRAINED, lw=1.3)
-    label = f"all rows alike: ln {2 * batch - 1} = {chance:.2f}"
-    panels[0].axhline(chance, color=UNTRAINED, ls="--", lw=1, label=label)
-    panels[0].legend(frameon=False, fontsize=9)
+    if others:
+        alike = math.log(others)
+        panels[0].axhline(alike, color=UNTRAINED, ls="--", lw=1, label=f"all rows alike: ln {others} = {alike:.2f}")
+        panels[0].legend(frameon=False, fontsize=9)
     _panel(panels[1], "Contrastive top-1: the partner is the nearest row", "share of rows [%]")
     panels[1].plot(step, [100 * value for value in top1], color=TRAINED, lw=1.3)
     panels[1].set_ylim(0, 100)
@@ -59,6 +64,19 @@ def _probe_panel(axes, probes):
         axes.axhline(values[0], color=color, ls=":", lw=1.2, label=f"untrained: {values[0]:.1f}%")
     axes.set_ylim(0, 100)
     axes.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)
+
+
+def loss_comparison(path, runs):
+    """`runs`: (title, probes) of one run a loss; linear probe over the steps, a line a loss. Step 0 is untrained."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    _panel(axes, "Linear probe of the frozen features, one line a loss", "accuracy [%]")
+    for (title, probes), color in zip(runs, itertools.cycle(LINES)):
+        step, linear = _columns(probes, "step", "linear")
+        values = [100 * value for value in linear]
+        axes.plot(step, values, color=color, marker="o", ms=4, lw=1.6, label=f"{title}: {values[-1]:.1f}%")
+    axes.set_ylim(0, 100)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    _save(figure, path)
 
 
 def _show(axes, picture):

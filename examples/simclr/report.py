@@ -1,6 +1,6 @@
 """`report.md` and its pictures, from a finished trainer."""
 
-from . import data, plots, probe
+from . import data, losses, plots, probe
 
 VIEWED, QUERIES, NEIGHBOURS = 10, 6, 7  # pictures on the sheets
 
@@ -8,7 +8,9 @@ VIEWED, QUERIES, NEIGHBOURS = 10, 6, 7  # pictures on the sheets
 def write_report(folder, trainer, facts):
     """Write report.md, curves.png, views.png and (with probes) neighbours.png; returns the path of report.md."""
     probes = trainer.log.of("probe")
-    plots.curves(folder / "curves.png", trainer.log.of("step"), probes, trainer.settings.batch)
+    settings = trainer.settings
+    others = 2 * settings.batch - 1 if settings.loss == "nt_xent" else None
+    plots.curves(folder / "curves.png", trainer.log.of("step"), probes, losses.LOSSES[settings.loss].title, others)
     plots.view_sheet(folder / "views.png", view_rows(trainer))
     if probes:
         plots.neighbour_sheet(folder / "neighbours.png", neighbour_rows(trainer))
@@ -23,6 +25,7 @@ def _text(trainer, probes, facts):
     yield (f"{len(source.train):,} training and {len(source.test):,} test pictures of {len(source.classes)} classes, "
            f"{source.channels} x {source.image_size} x {source.image_size}; {settings.steps:,} steps of "
            f"{settings.batch} pictures, {facts['seconds']:.0f} s on {facts['device']}.\n")
+    yield f"Loss: {losses.LOSSES[settings.loss].title} ({losses.describe(settings)}).\n"
     unreadable = {name for record in trainer.log.of("unreadable") for name in record["pictures"]}
     if unreadable:
         yield f"{len(unreadable)} pictures could not be read and were left out; `log.jsonl` names them.\n"
@@ -40,7 +43,8 @@ def _text(trainer, probes, facts):
     yield "## Settings\n"
     yield "| setting | value |\n|---|---|"
     for name, value in {**vars(settings), **facts}.items():
-        yield f"| {name} | {round(value, 1) if name == 'seconds' else value} |"
+        if value is not None:  # a setting that the loss does not have
+            yield f"| {name} | {round(value, 1) if name == 'seconds' else value} |"
     yield "\nEvery logged step and probe is in `log.jsonl`, the weights are in `model.pt`."
 
 

@@ -10,8 +10,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from fastcl import nt_xent
-
 from . import data, probe
 from .errors import UsageError
 from .optim import warmup_cosine
@@ -42,12 +40,12 @@ class NonFiniteLoss(Exception):
 
 
 class Trainer:
-    """Holds what a run consists of; `run` does it. `settings` are the command line's."""
+    """Holds what a run consists of; `run` does it. `settings` are the command line's, `criterion` is the loss."""
 
-    def __init__(self, settings, source, model, optimizer, lr, log, device, rank=0, world=1):
+    def __init__(self, settings, source, model, criterion, optimizer, lr, log, device, rank=0, world=1):
         self.settings, self.source, self.optimizer, self.lr, self.log = settings, source, optimizer, lr, log
         self.device, self.rank, self.world = device, rank, world
-        self.model = model
+        self.model, self.criterion = model, criterion
         self.parallel = DistributedDataParallel(model) if world > 1 else model
         self.warmup = round(settings.warmup * settings.steps)
 
@@ -94,7 +92,7 @@ class Trainer:
         pictures = torch.cat([first, second]).to(self.device, non_blocking=True, memory_format=torch.channels_last)
         with self._autocast():
             z1, z2 = self.parallel(pictures).chunk(2)
-            loss = nt_xent(z1, z2, settings.temperature)
+            loss = self.criterion(z1, z2)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-seeds test test-aot test-floor mutants bench gpu clean
+.PHONY: help demo demo-seeds demo-losses test test-aot test-floor mutants bench gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -18,11 +18,15 @@ demo: .venv/.examples .venv/.fastcl ## train SimCLR on digits, check the linear 
 demo-seeds: .venv/.examples .venv/.fastcl ## the demo with three seeds, and the mean of their linear probes
 	$(PY) examples/demo.py --out results/demo-seeds --seeds 0 1 2
 
+demo-losses: .venv/.examples .venv/.fastcl ## the demo with every loss, side by side in results/demo-losses/losses.md
+	$(PY) examples/demo.py --out results/demo-losses --losses
+
 test: .venv/.examples .venv/.fastcl ## run the tests, list the skipped ones with reasons
 	$(PY) -m pytest tests -rs
 
-test-aot: .venv/.fastcl ## compile the whole launch table ahead of time for sm_80, sm_90 and sm_100
+test-aot: .venv/.fastcl ## compile the whole launch table, and csrc/cuda by nvcc, for sm_80, sm_90 and sm_100
 	$(PY) tests/aot_report.py --all
+	if command -v nvcc > /dev/null; then $(PY) tests/cuda_report.py; else echo "no nvcc: csrc/cuda is not compiled"; fi
 
 test-floor: .venv-floor/.ready ## kernel tests with the oldest Triton that is supported
 	.venv-floor/bin/python -m pytest tests/test_kernels*.py -rs
@@ -30,7 +34,7 @@ test-floor: .venv-floor/.ready ## kernel tests with the oldest Triton that is su
 mutants: .venv/.examples .venv/.fastcl ## break the library on purpose, one patch at a time: each must turn a test red
 	$(PY) tests/mutants/run.py
 
-bench: .venv/.examples .venv/.fastcl ## CPU benchmarks against eager PyTorch
+bench: .venv/.bench .venv/.fastcl ## CPU benchmarks against eager PyTorch
 	$(PY) -m pytest benchmarks --benchmark-only
 
 gpu: ## tests, tuning and benchmarks on this machine's GPU, with its own python3 and PyTorch
@@ -52,6 +56,10 @@ clean: ## remove environments, builds and results
 .venv/.examples: .venv/.base
 	$(PY) $(PIP) -c constraints.txt pillow pyyaml safetensors scikit-learn matplotlib tqdm
 	$(PY) $(PIP) -c constraints.txt --no-deps torchvision timm
+	touch $@
+
+.venv/.bench: .venv/.examples
+	$(PY) $(PIP) -c constraints.txt --no-deps POT
 	touch $@
 
 .venv/.fastcl: .venv/.base $(SOURCES)

@@ -48,6 +48,7 @@ def row(m: int, d: int, dtype_name: str, backward: bool, samples: dict[str, list
     """One row of the table: times, quotients and nothing of memory."""
     ours = samples["fastcl"]
     return {
+        "kind": "nt_xent" if backward else "nt_xent forward",
         "m": m, "d": d, "dtype": dtype_name, "pass": "forward + backward" if backward else "forward",
         "ms": {name: timing.summary(values) for name, values in samples.items()},
         "floor_share": timing.ratio(samples["floor"], ours),
@@ -61,37 +62,17 @@ def compare(m: int, d: int, dtype_name: str, backward: bool, seconds: float) -> 
     return row(m, d, dtype_name, backward, samples)
 
 
-def add_memory(rows: list[dict]) -> None:
-    """Peak extra bytes of both sides, in a process of its own and outside the timing."""
-    cases, places = [], []
-    for row in rows:
-        for side in ("fastcl", "eager"):
-            if side in row["ms"]:
-                backward = row["pass"] != "forward"
-                cases.append(memory.Case(side, row["m"], row["d"], row["dtype"], backward))
-                places.append((row, side))
-        row["peak_extra_bytes"] = {}
-    for (row, side), peak in zip(places, memory.resident_peaks(cases), strict=True):
-        row["peak_extra_bytes"][side] = peak
-
-
-def _fastest(row: dict, above: str, below: str) -> float:
-    return row["ms"][above]["fastest"] / row["ms"][below]["fastest"]
-
-
 def markdown(rows: list[dict]) -> str:
     header = ["M", "D", "dtype", "pass", "ours ms", "eager ms", "ratio", "fastest", "floor", "fastest"]
     header += ["ours MiB", "eager MiB"]
     lines = []
     for row in rows:
         ms, peaks, quotient = row["ms"], row["peak_extra_bytes"], row["eager_ratio"]
-        share = row["floor_share"]
         lines.append([
             row["m"], row["d"], row["dtype"], row["pass"],
             report.spread(ms["fastcl"]), report.spread(ms.get("eager")),
-            report.spread(quotient, "×"), f"{_fastest(row, 'eager', 'fastcl'):.3g}×" if quotient else "-",
-            f"{share['median']:.0%} ({share['low']:.0%}..{share['high']:.0%})",
-            f"{_fastest(row, 'floor', 'fastcl'):.0%}",
+            report.spread(quotient, "×"), f"{report.fastest(ms, 'eager', 'fastcl'):.3g}×" if quotient else "-",
+            report.percent(row["floor_share"]), f"{report.fastest(ms, 'floor', 'fastcl'):.0%}",
             report.mebibytes(peaks.get("fastcl")), report.mebibytes(peaks.get("eager")),
         ])  # fmt: skip
     return report.table(header, lines)
@@ -115,7 +96,7 @@ def main() -> int:
             for m in args.m:
                 for backward in (False, True) if args.forward else (True,):
                     rows.append(compare(m, d, dtype, backward, args.seconds))
-    add_memory(rows)
+    memory.add_peaks(rows)
     print(markdown(rows))
     if args.json:
         report.write_json(args.json, {"versions": report.versions(), "rows": rows})

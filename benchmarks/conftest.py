@@ -1,22 +1,28 @@
-"""One table after the CPU benchmarks: what pytest-benchmark's own tables do not show."""
+"""Tables after the CPU benchmarks: what pytest-benchmark's own tables do not show."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import compare, memory
+from benchmarks import compare, compare_swd, memory
 
-ROWS = pytest.StashKey[list]()
+ROWS, SWD_ROWS = pytest.StashKey[list](), pytest.StashKey[list]()
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[SWD_ROWS] = [], []
 
 
 @pytest.fixture
 def rows(request) -> list[dict]:
-    """The rows of the closing table."""
+    """The rows of the closing table of nt_xent."""
     return request.config.stash[ROWS]
+
+
+@pytest.fixture
+def swd_rows(request) -> list[dict]:
+    """The rows of the closing table of the sorts."""
+    return request.config.stash[SWD_ROWS]
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +35,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.stash[ROWS]:
         terminalreporter.section("nt_xent against eager PyTorch and the floor, interleaved")
         terminalreporter.write_line(compare.markdown(config.stash[ROWS]))
+    if config.stash[SWD_ROWS]:
+        terminalreporter.section("sorts and swd_loss against plain PyTorch and POT, interleaved")
+        terminalreporter.write_line(compare_swd.markdown(config.stash[SWD_ROWS]))

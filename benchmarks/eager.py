@@ -1,10 +1,13 @@
-"""NT-Xent as it is usually written in plain PyTorch: the other side of every comparison.
+"""The losses as they are usually written in plain PyTorch: the other side of every comparison.
 
-Written to be as fast as this form gets (one fused cross entropy, the diagonal filled in place), so that the
-ratio is not flattered. It builds the [M, M] matrix of similarities.
+Written to be as fast as these forms get (one fused cross entropy, the diagonal filled in place; sorts along the
+contiguous dimension), so that the ratio is not flattered. NT-Xent builds the [M, M] matrix of similarities; the
+sliced Wasserstein distance builds sorted copies and int64 indices of the [P, N] projections.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +23,38 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def compiled():
-    """The same through torch.compile, for fixed shapes; caches of earlier shapes are dropped first."""
+def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:
+    """Mean over P of the squared distance of projections x [P, N] of the data and y [P, N] of as many samples."""
+    return ((x.sort(1).values - y.sort(1).values) ** 2).mean()
+
+
+def swd(z: Tensor, samples: Tensor, directions: Tensor) -> Tensor:
+    """Squared sliced Wasserstein distance of rows z [N, d] and samples [N, d] along directions [P, d]."""
+    return wasserstein_1d(directions @ z.T, directions @ samples.T)
+
+
+def swd_loss(z: Tensor) -> Tensor:
+    """The same to the unit sphere, with samples and d orthonormal directions drawn anew."""
+    # In float32 at least: a QR knows no 16-bit types, and most of their projections would be equal.
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    samples = F.normalize(torch.randn_like(z), dim=1)
+    columns = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], dtype=z.dtype, device=z.device)).Q
+    return swd(z, samples, columns.T)
+
+
+def pot(z: Tensor, samples: Tensor, directions: Tensor) -> Tensor:
+    """`swd` by POT, which takes directions as columns and returns the distance itself."""
+    import ot
+
+    return ot.sliced_wasserstein_distance(z, samples, projections=directions.T, p=2) ** 2
+
+
+def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss through torch.compile, for fixed shapes; caches of earlier shapes are dropped first."""
     torch.compiler.reset()
-    return torch.compile(nt_xent, fullgraph=True, dynamic=False)
+    return torch.compile(loss, fullgraph=True, dynamic=False)
 
 
 def bytes_needed(m: int, itemsize: int) -> int:
-    """About the peak of forward + backward: three [M, M] matrices at once, and one for an allocator's gaps."""
+    """About the peak of NT-Xent forward + backward: three [M, M] matrices at once, and one for an allocator's gaps."""
     return 4 * m * m * itemsize

@@ -44,7 +44,7 @@ def _use_one_thread() -> None:
     torch.get_num_threads()
 
 
-def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
     """Threads that are up already and run torch on one core each."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=_use_one_thread)
@@ -60,7 +60,7 @@ def step(z: Tensor, backward: bool):
     columns = [block.T for block in rows]
     tiles = _tiles(len(rows), backward)
     workers = min(torch.get_num_threads(), len(tiles))
-    pool = _single_threaded_pool(workers)
+    pool = single_threaded_pool(workers)
 
     def run():
         list(pool.map(lambda first: _work(tiles[first::workers], rows, columns), range(workers)))

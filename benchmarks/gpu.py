@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --out benchmarks/results
 
-Writes <out>/<name of the GPU>/nt_xent.json, nt_xent.md, nt_xent.png and tests.txt. Each phase runs in processes
-of its own and has its share of the wall clock, so a hang or a crash costs that phase alone, and what was
-measured before it is kept. Exit status: 0 everything passed, 1 something did not, 2 there is no CUDA device.
+Writes <out>/<name of the GPU>/nt_xent.json, nt_xent.md, nt_xent.png, swd.json, swd.md and tests.txt. Each phase
+runs in processes of its own and has its share of the wall clock, so a hang or a crash costs that phase alone, and
+what was measured before it is kept. Exit status: 0 everything passed, 1 something did not, 2 there is no CUDA device.
 Targets that are missed are reported and do not change the status.
 """
 
@@ -31,11 +31,11 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import gpu_report, report
+from benchmarks import gpu_report, gpu_swd_report, report
 
 HERE = Path(__file__).resolve().parent
 # Shares of the wall clock. What a phase leaves over goes to those after it.
-SHARES = {"tests": 0.4, "cases": 0.34, "tune": 0.26}
+SHARES = {"tests": 0.36, "selftest": 0.12, "cases": 0.22, "swd": 0.14, "tune": 0.16}
 # A process that was asked to end gets this long to write its summary.
 GRACE = 15.0
 # One case of the benchmark takes a few seconds, one that compiles perhaps a minute: after this it hangs.
@@ -102,7 +102,6 @@ def junit(path: Path) -> tuple[dict, list[str]]:
 def run_tests(results: dict, folder: Path, work: Path, seconds: float) -> None:
     """Tests that need a GPU, then the kernel tests, which run on the GPU where there is one."""
     log = folder / "tests.txt"
-    log.write_text("")
     # Compiling kernels fills most of the time, and is done on all cores this way.
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
@@ -124,8 +123,43 @@ def run_tests(results: dict, folder: Path, work: Path, seconds: float) -> None:
             results["problems"].append("\n".join([f"{outcome['command']}: {why}", *outcome.get("failures", [])]))
 
 
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on the path or where PyTorch found the toolkit."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return shutil.which(name) or (CUDA_HOME and shutil.which(name, path=os.path.join(CUDA_HOME, "bin")))
+
+
+def run_selftest(results: dict, folder: Path, work: Path, seconds: float) -> None:
+    """The CUDA kernels without PyTorch: built, run, and run on fewer rows under the memory checker."""
+    log, program, end = folder / "tests.txt", str(work / "selftest"), time.monotonic() + seconds
+    nvcc, checker = cuda_tool("nvcc"), cuda_tool("compute-sanitizer")
+    missing = [name for name, tool in (("nvcc", nvcc), ("compute-sanitizer", checker)) if tool is None]
+    if missing:
+        note = f"{' and '.join(missing)} not found"
+        results["tests"].append({"command": "CUDA self-test", "returncode": 0, "seconds": 0.0, "skipped": note})
+    if nvcc is None:
+        return
+    sources = [ROOT / "tests" / "cuda_selftest.cu", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    major, minor = torch.cuda.get_device_capability()
+    build = [nvcc, "-std=c++17", "-O2", f"-arch=sm_{major}{minor}", "-o", program, *map(str, sources)]
+    steps = [("CUDA self-test, build", 0.7, build), ("CUDA self-test", 0.6, [program])]
+    if checker:
+        # Rows of up to 1,100 elements reach every tier of the block sort; on longer ones the checker takes minutes.
+        steps.append(("CUDA self-test, memory checker", 1.0, [checker, "--error-exitcode", "1", program, "1100"]))
+    for name, share, command in steps:
+        outcome = run_command(command, log, max(1.0, share * (end - time.monotonic())))
+        lines = log.read_text().splitlines() or [""]
+        results["tests"].append(outcome | {"command": name, "note": lines[-1] if command is not build else "-"})
+        # The checker is slow: what it has not complained about when time is up has passed.
+        if outcome["returncode"] and not (outcome["timed_out"] and command[0] == checker):
+            why = "ran out of time" if outcome["timed_out"] else f"exit status {outcome['returncode']}"
+            results["problems"].append("\n".join([f"{name}: {why}", *lines[-50:]]))
+            return
+
+
 def read_cases(path: Path) -> dict:
-    """The file of gpu_cases.py, sorted into what worked and what did not."""
+    """The file of a benchmark, sorted into what worked and what did not."""
     found = {"ceilings": {}, "cases": [], "late": [], "problems": []}
     started, ended, late = [], set(), []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -154,9 +188,9 @@ def read_cases(path: Path) -> dict:
     return found
 
 
-def run_cases(results: dict, work: Path, seconds: float) -> None:
-    """The benchmark, started again behind a case that ends its process."""
-    path, log = work / "cases.jsonl", work / "cases.log"
+def run_cases(script: str, results: dict, work: Path, seconds: float) -> None:
+    """A benchmark, started again behind a case that ends its process."""
+    path, log = work / f"{script}.jsonl", work / f"{script}.log"
     end = time.monotonic() + seconds
     size_before = None
     outcome: dict = {}
@@ -165,7 +199,7 @@ def run_cases(results: dict, work: Path, seconds: float) -> None:
             left = end - time.monotonic()
             if left < 2 * GRACE:
                 break
-            command = [sys.executable, str(HERE / "gpu_cases.py"), "--out", str(path), "--seconds", str(left - GRACE)]
+            command = [sys.executable, str(HERE / script), "--out", str(path), "--seconds", str(left - GRACE)]
             outcome = run_command(command, log, left - GRACE / 2, path)
             size = path.stat().st_size if path.exists() else 0
             if outcome["returncode"] == 0 or size == size_before:
@@ -175,7 +209,7 @@ def run_cases(results: dict, work: Path, seconds: float) -> None:
         for key, value in read_cases(path).items():
             results[key] = results["problems"] + value if key == "problems" else value
     if outcome.get("returncode") and not outcome["timed_out"]:
-        results["problems"].append(f"benchmark: exit status {outcome['returncode']}\n{log.read_text()[-4000:]}")
+        results["problems"].append(f"{script}: exit status {outcome['returncode']}\n{log.read_text()[-4000:]}")
 
 
 def run_tune(results: dict, work: Path, seconds: float) -> None:
@@ -191,18 +225,18 @@ def run_tune(results: dict, work: Path, seconds: float) -> None:
         results["problems"].append("sweep: ran out of time")
 
 
-def save(results: dict, folder: Path) -> None:
+def save(results: dict, folder: Path, name: str = "nt_xent", write=gpu_report.write) -> None:
     """Write what there is; a report that cannot be written is itself a problem."""
     results["passed"] = not results["problems"]
     try:
-        gpu_report.write(results, folder)
+        write(results, folder)
     except Exception:
         results["problems"].append(traceback.format_exc())
         results["passed"] = False
-        report.write_json(folder / "nt_xent.json", results)
+        report.write_json(folder / f"{name}.json", results)
 
 
-def run_phases(results: dict, folder: Path, work: Path, seconds: float, phases: dict) -> None:
+def run_phases(results: dict, swd: dict, folder: Path, seconds: float, phases: dict) -> None:
     """Each phase within its share; a report after each of them."""
     end = time.monotonic() + seconds - REPORT_SECONDS
     waiting = list(phases)
@@ -219,6 +253,7 @@ def run_phases(results: dict, folder: Path, work: Path, seconds: float, phases: 
         finally:
             results["seconds"][name] = time.monotonic() - begin
             save(results, folder)
+            save(swd, folder, "swd", gpu_swd_report.write)
         waiting.pop(0)
 
 
@@ -235,23 +270,27 @@ def main() -> int:
     name = torch.cuda.get_device_name()
     folder = args.out / report.slug(name)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tests.txt").write_text("")
     results: dict = {"name": name, "passed": False, "seconds": {}, "tests": [], "cases": [], "tune": {}, "problems": []}
+    swd: dict = {"name": name, "passed": False, "cases": [], "problems": []}
     try:
-        results["versions"] = report.versions()
+        results["versions"] = swd["versions"] = report.versions()
     except Exception:
         results["problems"].append(traceback.format_exc())
     work = Path(tempfile.mkdtemp())
     try:
-        run_phases(results, folder, work, args.seconds, {
+        run_phases(results, swd, folder, args.seconds, {
             "tests": lambda limit: run_tests(results, folder, work, limit),
-            "cases": lambda limit: run_cases(results, work, limit),
+            "selftest": lambda limit: run_selftest(results, folder, work, limit),
+            "cases": lambda limit: run_cases("gpu_cases.py", results, work, limit),
+            "swd": lambda limit: run_cases("gpu_swd.py", swd, work, limit),
             "tune": lambda limit: run_tune(results, work, limit),
         })  # fmt: skip
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(gpu_report.markdown(results))
+    print(gpu_report.markdown(results), gpu_swd_report.markdown(swd), sep="\n")
     print(f"written to {folder}")
-    return 0 if results["passed"] else 1
+    return 0 if results["passed"] and swd["passed"] else 1
 
 
 if __name__ == "__main__":

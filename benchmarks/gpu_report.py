@@ -38,11 +38,11 @@ def case_of(results: dict, dtype: str, d: int, m: int, other: str = "eager") -> 
     return None
 
 
-def _ms(case: dict | None, side: str, label: str = BOTH) -> dict | None:
+def ms_of(case: dict | None, side: str, label: str = BOTH) -> dict | None:
     return case["sides"].get(side, {}).get("ms", {}).get(label) if case else None
 
 
-def _against(value: float | None, limit: float | None, at_most: bool = True) -> str:
+def against(value: float | None, limit: float | None, at_most: bool = True) -> str:
     """A measured value beside its target, and whether it is met."""
     if limit is None:
         return "-"
@@ -58,32 +58,32 @@ def targets(results: dict) -> str:
     for target in TARGETS:
         case = case_of(results, target.dtype, target.d, target.m)
         side = case["sides"].get("fastcl", {}) if case else {}
-        ours, graph, peak = _ms(case, "fastcl"), side.get("graph_ms"), side.get("peak_extra_bytes")
+        ours, graph, peak = ms_of(case, "fastcl"), side.get("graph_ms"), side.get("peak_extra_bytes")
         quotient = case.get("ratio", {}).get(BOTH) if case else None
         rows.append([
             f"{target.dtype}, D={target.d}, M={target.m:,}",
-            _against(ours and ours["median"], target.ms),
+            against(ours and ours["median"], target.ms),
             f"{graph['median']:.4g}" if graph else "-",
-            _against(peak and peak / 2**30, target.gib),
-            _against(quotient and quotient["median"], target.ratio, at_most=False),
+            against(peak and peak / 2**30, target.gib),
+            against(quotient and quotient["median"], target.ratio, at_most=False),
         ])  # fmt: skip
     return report.table(["case", "ms", "ms in a CUDA graph", "GiB", "times faster than eager"], rows)
 
 
-def _error(side: dict) -> str:
+def error(side: dict) -> str:
     if "error_vs_fp64" in side:
         found = side["error_vs_fp64"]
         return f"{found['loss']:.1e} / {found['gradient']:.1e} / {found['worst row']:.1e}"
     return "-"
 
 
-def _why(side: dict) -> str:
+def why(side: dict) -> str:
     if "error" in side:
         return "failed"
     return side.get("skipped", "-")
 
 
-def _gib(count: int | None) -> str:
+def gib(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**30:.3g}"
 
 
@@ -98,19 +98,19 @@ def times(results: dict) -> str:
         ours, other = case["sides"].get("fastcl", {}), case["sides"].get(case["other"], {})
         rate = results.get("ceilings", {}).get(f"{case['dtype']} TFLOP/s")
         reached = case.get("TFLOP/s")
-        theirs = _ms(case, case["other"])
+        theirs = ms_of(case, case["other"])
         rows.append([
             case["dtype"], case["d"], f"{case['m']:,}", LABELS[case["other"]],
-            report.spread(_ms(case, "fastcl", "forward")),
-            report.spread(_ms(case, "fastcl")) if _ms(case, "fastcl") else _why(ours),
+            report.spread(ms_of(case, "fastcl", "forward")),
+            report.spread(ms_of(case, "fastcl")) if ms_of(case, "fastcl") else why(ours),
             report.spread(ours.get("graph_ms")),
-            report.spread(_ms(case, case["other"], "forward")),
-            report.spread(theirs) if theirs else _why(other),
+            report.spread(ms_of(case, case["other"], "forward")),
+            report.spread(theirs) if theirs else why(other),
             report.spread(case.get("ratio", {}).get(BOTH), "×"),
             f"{reached:.0f}" if reached else "-",
             f"{reached / rate:.0%}" if reached and rate else "-",
-            _gib(ours.get("peak_extra_bytes")), _gib(other.get("peak_extra_bytes")),
-            _error(ours), _error(other),
+            gib(ours.get("peak_extra_bytes")), gib(other.get("peak_extra_bytes")),
+            error(ours), error(other),
         ])  # fmt: skip
     return report.table(header, rows)
 
@@ -133,23 +133,46 @@ def tests(results: dict) -> str:
     rows = []
     for run in results.get("tests", []):
         count = run.get("counts")
-        outcome = ", ".join(f"{value} {key}" for key, value in count.items()) if count else "no summary"
-        state = "passed" if run["returncode"] == 0 else "out of time" if run["timed_out"] else "FAILED"
+        note = run.get("skipped") or run.get("note", "no summary")
+        outcome = ", ".join(f"{value} {key}" for key, value in count.items()) if count else note
+        done = "skipped" if "skipped" in run else "passed"
+        state = done if run["returncode"] == 0 else "out of time" if run["timed_out"] else "FAILED"
         rows.append([f"`{run['command']}`", state, outcome, f"{run['seconds']:.0f}"])
     return report.table(["tests", "result", "of which", "s"], rows)
 
 
-def markdown(results: dict) -> str:
-    """The whole report; parts whose measurement did not happen say so by being empty."""
-    ceilings = results.get("ceilings", {})
-    tune = results.get("tune", {})
-    parts = [
-        f"# nt_xent on {results['name']}",
+def opening(title: str, results: dict) -> list[str]:
+    """The first parts of a report: what on, whether it passed, and versions."""
+    return [
+        f"# {title} on {results['name']}",
         "Everything passed." if results["passed"] else "Not everything passed: see the end.",
         "\n".join(f"* {key}: {value}" for key, value in results.get("versions", {}).items()),
+    ]
+
+
+def ceilings(results: dict) -> list[str]:
+    lines = [f"* {key}: {value:.3g}" for key, value in results.get("ceilings", {}).items()]
+    return ["## Ceilings measured in this run", "\n".join(lines)]
+
+
+def closing(results: dict) -> list[str]:
+    """The last parts of a report: what was not run and what went wrong."""
+    parts = []
+    for title, key in (("Not run: out of time", "late"), ("Problems", "problems")):
+        if results.get(key):
+            lines = [f"* {line}" if key == "late" else f"```\n{line}\n```" for line in results[key]]
+            parts += [f"## {title}", "\n".join(lines)]
+    return parts
+
+
+def markdown(results: dict) -> str:
+    """The whole report; parts whose measurement did not happen say so by being empty."""
+    tune = results.get("tune", {})
+    parts = [
+        *opening("nt_xent", results),
         "## Tests", tests(results),
         "## Targets (H200, forward + backward)", targets(results),
-        "## Ceilings measured in this run", "\n".join(f"* {key}: {value:.3g}" for key, value in ceilings.items()),
+        *ceilings(results),
         "## Times, memory and errors",
         "Medians (quartiles). Both sides took turns in one process, on inputs that rotate so that the L2 does not "
         "hold them. GiB: peak beyond the inputs, gradients included. TFLOP/s: 2.5 units of 2 M² D for forward and "
@@ -160,10 +183,7 @@ def markdown(results: dict) -> str:
     ]  # fmt: skip
     if tune.get("table"):
         parts += ["The best entries, for `fastcl/kernels/launch.py`:", f"```python\n{tune['table']}\n```"]
-    for title, key in (("Not run: out of time", "late"), ("Problems", "problems")):
-        if results.get(key):
-            lines = [f"* {line}" if key == "late" else f"```\n{line}\n```" for line in results[key]]
-            parts += [f"## {title}", "\n".join(lines)]
+    parts += closing(results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,7 +206,7 @@ def plot(results: dict, path: Path, dtype: str = "bf16", d: int = 128) -> None:
     from matplotlib import pyplot as plt
 
     def time_of(case, side):
-        found = _ms(case, side)
+        found = ms_of(case, side)
         return found and found["median"]
 
     def gib_of(case, side):

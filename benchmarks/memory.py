@@ -22,20 +22,21 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import eager, timing
-from fastcl import nt_xent
+from benchmarks import timing
+from benchmarks.workloads import WORKLOADS
 
-LOSSES = {"fastcl": nt_xent, "eager": eager.nt_xent}
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt
 
 
 @dataclass(frozen=True)
 class Case:
+    """One side of a workload at one size."""
+
     side: str
     m: int
     d: int
     dtype: str = "float32"
-    backward: bool = True
+    kind: str = "nt_xent"
 
 
 def cuda_peak(run: timing.Run, device: torch.device) -> int:
@@ -69,12 +70,28 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status: expected a line {field}, got none")
 
 
+def add_peaks(rows: list[dict]) -> None:
+    """Peak extra bytes of the timed sides of each row that are sides of its workload, outside the timing."""
+    cases, places = [], []
+    for row in rows:
+        row["peak_extra_bytes"] = {}
+        for side in WORKLOADS[row["kind"]].sides:
+            if side in row["ms"]:
+                cases.append(Case(side, row["m"], row["d"], row["dtype"], row["kind"]))
+                places.append((row, side))
+    for (row, side), peak in zip(places, resident_peaks(cases), strict=True):
+        row["peak_extra_bytes"][side] = peak
+
+
+def _run(case: Case, m: int) -> timing.Run:
+    work = WORKLOADS[case.kind]
+    return timing.rotate(work.sides[case.side], work.inputs(m, case.d, getattr(torch, case.dtype), torch.device("cpu")))
+
+
 def _measure(case: Case) -> int:
-    loss, dtype, cpu = LOSSES[case.side], getattr(torch, case.dtype), torch.device("cpu")
     # Small first: libraries and thread pools come up now and are not charged to the call.
-    small = timing.rotating_inputs(512, case.d, dtype, cpu)
-    timing.step(loss, small, case.backward)()
-    run = timing.step(loss, timing.rotating_inputs(case.m, case.d, dtype, cpu), case.backward)
+    _run(case, 512)()
+    run = _run(case, case.m)
     gc.collect()
     # 5 resets the high-water mark to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")

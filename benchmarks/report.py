@@ -29,6 +29,18 @@ def spread(summary: dict | None, unit: str = "") -> str:
     return f"{summary['median']:.3g}{unit} ({summary['low']:.3g}..{summary['high']:.3g})"
 
 
+def percent(summary: dict | None) -> str:
+    """The same of a share, such as 98% (97%..101%)."""
+    if summary is None:
+        return "-"
+    return f"{summary['median']:.0%} ({summary['low']:.0%}..{summary['high']:.0%})"
+
+
+def fastest(ms: dict[str, dict], above: str, below: str) -> float:
+    """The quotient of the fastest rounds of two sides."""
+    return ms[above]["fastest"] / ms[below]["fastest"]
+
+
 def mebibytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:,.1f}"
 
@@ -45,7 +57,7 @@ def write_json(path: Path, content: object) -> None:
     part.replace(path)
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     """What a tool says about itself, or None where it is not there."""
     if shutil.which(command[0]) is None:
         return None
@@ -60,7 +72,7 @@ def versions() -> dict:
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "backends": ops.backends(),
+        "backends": {name: ops.backends(name) for name in ops.SCHEMAS},
         "build": fastcl._native.build_info(),
         "simd of torch": torch.backends.cpu.get_cpu_capability(),
     }
@@ -71,7 +83,7 @@ def versions() -> dict:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         query = "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm"
-        nvcc = _output("nvcc", "--version")
+        nvcc = output("nvcc", "--version")
         found |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
@@ -80,6 +92,6 @@ def versions() -> dict:
             "l2": properties.L2_cache_size,
             "cuda": torch.version.cuda,
             "nvcc": nvcc.splitlines()[-1] if nvcc else None,
-            "driver, clocks": _output("nvidia-smi", query, "--format=csv,noheader"),
+            "driver, clocks": output("nvidia-smi", query, "--format=csv,noheader"),
         }
     return found

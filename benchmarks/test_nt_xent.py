@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from benchmarks import accuracy, compare, eager, memory, timing
+from benchmarks.workloads import WORKLOADS
 from fastcl import nt_xent
 
 SIZES = [(m, d) for m in (256, 1024, 4096, 8192) for d in (64, 128, 512)]
 TEMPERATURE = 0.1
 # float64 on the CPU is slow, and errors hardly depend on the batch.
 ERROR_ROWS = 1024
-# For each side: the largest sizes get few rounds, the smallest many.
-LEAST_ROUNDS, MOST_ROUNDS = 3, 100
+# For each side.
 SECONDS = 0.3
 # Eager PyTorch is left out above this many multiplications a product: seconds a call, and nothing new to see.
 EAGER_WORK = 8192**2 * 128
@@ -26,15 +26,6 @@ EAGER_WORK = 8192**2 * 128
 
 def eager_runs(m: int, d: int) -> bool:
     return m * m * d <= EAGER_WORK and compare.eager_fits(m, torch.float32)
-
-
-def rounds_for(run: timing.Run) -> int:
-    """Rounds that fit SECONDS, after a warm-up call."""
-    once = timing.milliseconds(run, 1, compare.CPU)
-    if once < 100:
-        # The first call built caches; where it is slow they do not matter.
-        once = timing.milliseconds(run, 1, compare.CPU)
-    return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS * 1e3 / once)))
 
 
 @pytest.mark.parametrize("side", ["fastcl", "eager", "floor"])
@@ -46,13 +37,14 @@ def test_nt_xent(benchmark, rows, peaks, m, d, backward, side):
         pytest.skip("eager PyTorch takes too long or too much memory")
     sides = compare.sides(m, d, torch.float32, backward)
     run = sides[side]
-    benchmark.pedantic(run, rounds=rounds_for(run), iterations=1)
+    benchmark.pedantic(run, rounds=timing.rounds_within(SECONDS, run, compare.CPU), iterations=1)
     benchmark.extra_info |= {"m": m, "d": d}
     if side == "floor" or not backward:
         return
     if not peaks:
         # All at once, on first use: starting a process takes longer than most of the measurements in it.
-        wanted = [memory.Case(s, *size) for s in memory.LOSSES for size in SIZES if s == "fastcl" or eager_runs(*size)]
+        sides_of = WORKLOADS["nt_xent"].sides
+        wanted = [memory.Case(s, *size) for s in sides_of for size in SIZES if s == "fastcl" or eager_runs(*size)]
         peaks.update(zip(wanted, memory.resident_peaks(wanted), strict=True))
     benchmark.extra_info["peak_extra_bytes"] = peaks[memory.Case(side, m, d)]
     if m <= ERROR_ROWS:

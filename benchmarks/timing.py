@@ -17,31 +17,50 @@ MOST_CALLS = 200
 MOST_ROUNDS = 50
 
 
-def rotating_inputs(m: int, d: int, dtype: torch.dtype, device: torch.device, sets: int = 1) -> list:
-    """`sets` pairs of views [m / 2, d] that require grad."""
+def random_sets(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device, sets: int = 1, grads: int = 1
+) -> list[tuple[Tensor, ...]]:
+    """`sets` tuples of normal tensors of these shapes; the first `grads` of each tuple require grad."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def view() -> Tensor:
+    def draw(number: int, shape: Sequence[int]) -> Tensor:
         # Drawn in float32: every dtype sees the same numbers, rounded.
-        x = torch.randn(m // 2, d, generator=generator, device=device)
-        return x.to(dtype).requires_grad_()
+        x = torch.randn(*shape, generator=generator, device=device)
+        return x.to(dtype).requires_grad_(number < grads)
 
-    return [(view(), view()) for _ in range(sets)]
+    return [tuple(draw(number, shape) for number, shape in enumerate(shapes)) for _ in range(sets)]
 
 
-def step(loss: Callable[[Tensor, Tensor], Tensor], inputs: Sequence, backward: bool) -> Run:
-    """One call of the loss, with gradients of both views if `backward`; each call takes the next inputs."""
+def rotating_inputs(m: int, d: int, dtype: torch.dtype, device: torch.device, sets: int = 1) -> list:
+    """`sets` pairs of views [m / 2, d] that require grad."""
+    return random_sets([(m // 2, d)] * 2, dtype, device, sets, grads=2)
+
+
+def rotate(call: Callable[..., object], inputs: Sequence[tuple]) -> Run:
+    """Calls of `call`, each with the next inputs."""
     turns = itertools.cycle(inputs)
+    return lambda: call(*next(turns))
 
-    def run():
-        z1, z2 = next(turns)
-        if not backward:
-            with torch.no_grad():
-                return loss(z1, z2)
+
+def value_of(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward alone."""
+    return torch.no_grad()(loss)
+
+
+def gradient_of(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """(the loss, its gradients with respect to the inputs that require grad)."""
+
+    def call(*args: Tensor) -> tuple[Tensor, ...]:
+        value = loss(*args)
         # Not .backward(): accumulating into .grad would be timed too.
-        return torch.autograd.grad(loss(z1, z2), (z1, z2))
+        return value.detach(), *torch.autograd.grad(value, [x for x in args if x.requires_grad])
 
-    return run
+    return call
+
+
+def step(loss: Callable[..., Tensor], inputs: Sequence[tuple], backward: bool) -> Run:
+    """One call of the loss, with its gradients if `backward`; each call takes the next inputs."""
+    return rotate((gradient_of if backward else value_of)(loss), inputs)
 
 
 def synchronize(device: torch.device) -> None:
@@ -86,6 +105,15 @@ def calls_a_round(run: Run, device: torch.device, round_ms: float = ROUND_MS) ->
     # The first call may have built caches, and one alone may be disturbed.
     once = min(milliseconds(run, 1, device) for _ in range(2))
     return max(1, min(MOST_CALLS, int(round_ms / max(once, 1e-3))))
+
+
+def rounds_within(seconds: float, run: Run, device: torch.device, least: int = 3, most: int = 100) -> int:
+    """Rounds of one call each that fit, found by calling: the largest sizes get few, the smallest many."""
+    once = milliseconds(run, 1, device)
+    if once < 100:
+        # The first call built caches; where it is slow they do not matter.
+        once = milliseconds(run, 1, device)
+    return max(least, min(most, int(seconds * 1e3 / once)))
 
 
 def alternate(

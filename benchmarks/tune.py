@@ -98,7 +98,7 @@ def entries(only: str = "") -> list[Entry]:
 def accumulators(name: str, tile: Tile) -> float:
     """fp32 values that a thread holds over the inner loop."""
     count = tile.block_m * tile.block_n
-    if name == "lse_symmetric":
+    if name in ("lse_symmetric", "lse_two_way"):
         count *= 2  # the products and their column sums
     if name.startswith("lse_backward"):
         count += tile.block_m * tile.block_d
@@ -107,7 +107,7 @@ def accumulators(name: str, tile: Tile) -> float:
 
 def shared_bytes(entry: Entry, tile: Tile) -> int:
     """Shared memory of the operands, at least."""
-    walk = tile.block_m if entry.name == "lse_symmetric" else tile.block_n
+    walk = tile.block_m if entry.name in ("lse_symmetric", "lse_two_way") else tile.block_n
     stay = tile.block_m + tile.block_n - walk
     if entry.width is None:
         return tile.num_stages * (walk + stay) * tile.block_d * entry.itemsize
@@ -158,13 +158,21 @@ def workload(entry: Entry, rows: int, device: torch.device) -> timing.Run:
 
     bound = ONLINE_SCALE if entry.name.endswith("_online") else SCALE
     a, scale = unit_rows(), torch.full((), bound, device=device)
+    shared = (scale, bound, 0, rows // 2)
     if entry.name == "lse_symmetric":
-        return lambda: host.lse_forward(a, None, scale, bound, 0, rows // 2)
-    if entry.name == "lse_rows":
-        b = unit_rows()
-        return lambda: host.lse_forward(a, b, scale, bound, 0, rows // 2)
-    lse = host.lse_forward(a, None, scale, bound, 0, rows // 2)
-    return lambda: host.lse_backward(a, None, scale, bound, 0, rows // 2, lse, None, None, None)
+        return lambda: host.lse_forward(a, None, *shared)[0]
+    if entry.name in ("lse_backward", "lse_backward_online", "lse_weight"):
+        (lse,) = host.lse_forward(a, None, *shared)
+        return lambda: host.lse_backward(a, None, *shared, lse, None, None, None)[0]
+    b, ids, beta = unit_rows(), torch.arange(rows, device=device) // 4, torch.full((rows,), -bound, device=device)
+    return {
+        "lse_rows": lambda: host.lse_forward(a, b, *shared)[0],
+        "lse_two_way": lambda: host.lse_forward(a, b, scale, bound, rows, 0, columns=True)[0],
+        "lse_masked": lambda: host.lse_forward(a, b, *shared, ids_a=ids, ids_b=ids, same="drop")[0],
+        "softplus_rows": lambda: host.softplus_forward(a, b, scale, beta, 1.0, rows)[0],
+        "softplus_weight": lambda: host.softplus_both(a, b, scale, beta, 1.0, rows)[0],
+        "stats": lambda: host.similarity_stats(a, b, scale, 0, rows // 2)[0],
+    }[entry.name]
 
 
 def sweep_entry(entry: Entry, tiles: list[Tile], rows: int, device: torch.device, seconds: float) -> dict:

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string_view>
 
 namespace fastcl {
 
@@ -73,6 +74,55 @@ inline void check_operands(const char* op, const at::Tensor& a, const std::optio
   }
   TORCH_CHECK_VALUE(pair == 0 || 2 * pair == a.size(0), op, ": pair must be 0 or half of ",
                     a.size(0), " rows, got ", pair);
+}
+
+// What becomes of the pairs of the same id: nothing (there are no ids), dropped, all others
+// dropped, or their products summed up.
+enum class Same { kKeep, kDrop, kOnly, kSum };
+
+struct PairIds {
+  std::optional<at::Tensor> a, b;  // contiguous int64 [R], [C]; without operand b a serves both
+  Same same = Same::kKeep;
+};
+
+inline PairIds check_ids(const char* op, const at::Tensor& a, const std::optional<at::Tensor>& b,
+                         const std::optional<at::Tensor>& ids_a,
+                         const std::optional<at::Tensor>& ids_b, std::string_view same,
+                         bool sums = false) {
+  PairIds ids;
+  if (same == "drop") {
+    ids.same = Same::kDrop;
+  } else if (same == "only") {
+    ids.same = Same::kOnly;
+  } else if (same == "sum" && sums) {
+    ids.same = Same::kSum;
+  } else {
+    TORCH_CHECK_VALUE(same == "keep", op, ": same must be keep, drop",
+                      sums ? ", only or sum" : " or only", ", got ", same);
+  }
+  const bool wanted = ids.same != Same::kKeep;
+  TORCH_CHECK_VALUE(ids_a.has_value() || !wanted, op, ": ids_a must be given with same=", same);
+  TORCH_CHECK_VALUE(ids_b.has_value() || !b.has_value() || !wanted, op,
+                    ": ids_b must be given with b and same=", same);
+  if (ids_a.has_value()) check_vector(op, "ids_a", *ids_a, a.size(0), at::kLong);
+  if (ids_b.has_value()) {
+    check_vector(op, "ids_b", *ids_b, (b.has_value() ? *b : a).size(0), at::kLong);
+  }
+  if (wanted) {
+    ids.a = ids_a->contiguous();
+    if (b.has_value()) ids.b = ids_b->contiguous();
+  }
+  return ids;
+}
+
+inline void check_bias(const char* op, const at::Tensor& a, const std::optional<at::Tensor>& b,
+                       const std::optional<at::Tensor>& bias) {
+  if (!bias.has_value()) return;
+  check_vector(op, "bias", *bias, (b.has_value() ? *b : a).size(0), a.scalar_type());
+}
+
+inline void check_columns(const char* op, const std::optional<at::Tensor>& b, bool columns) {
+  TORCH_CHECK_VALUE(b.has_value() || !columns, op, ": columns must be False without b, got True");
 }
 
 }  // namespace fastcl

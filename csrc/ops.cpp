@@ -8,16 +8,30 @@
 
 #include "cpu/simd.h"
 
+#define FASTCL_PAIRS "Tensor a, Tensor? b, Tensor scale"
+#define FASTCL_IDS "Tensor? ids_a=None, Tensor? ids_b=None, str same='keep'"
+
 TORCH_LIBRARY(fastcl, m) {
   m.def("normalize_pair(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "lse_forward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair) -> Tensor");
+      "lse_forward(" FASTCL_PAIRS ", float bound, SymInt offset, SymInt pair, *, " FASTCL_IDS
+      ", Tensor? bias=None, bool columns=False) -> Tensor[]");
   m.def(
-      "lse_backward(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair, "
-      "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b) -> Tensor");
+      "lse_backward(" FASTCL_PAIRS ", float bound, SymInt offset, SymInt pair, "
+      "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b, *, " FASTCL_IDS
+      ", Tensor? bias=None, Tensor? pull_a=None, Tensor? pull_b=None, bool columns=False) "
+      "-> Tensor[]");
   m.def(
       "pair_backward(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor lse_coef, Tensor pull, "
       "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("softplus_forward(" FASTCL_PAIRS
+        ", Tensor beta, float sign, SymInt offset, *, " FASTCL_IDS ") -> (Tensor, Tensor)");
+  m.def("softplus_backward(" FASTCL_PAIRS ", float sign, SymInt offset, "
+        "Tensor? beta_a, Tensor? beta_b, Tensor? w_a, Tensor? w_b, *, " FASTCL_IDS ") -> Tensor");
+  m.def("softplus_both(Tensor a, Tensor b, Tensor scale, Tensor beta, float sign, SymInt offset, "
+        "Tensor? w=None, *, " FASTCL_IDS ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("similarity_stats(" FASTCL_PAIRS
+        ", SymInt offset, SymInt pair) -> (Tensor, Tensor, Tensor)");
   m.def("segmented_sort(Tensor x, bool descending) -> (Tensor, Tensor)");
   m.def("wasserstein_1d(Tensor x, Tensor y, bool per_row) -> (Tensor, Tensor)");
 }

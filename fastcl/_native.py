@@ -22,9 +22,8 @@ def _load():
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"C++ extension not used: unreadable build record {_RECORD.name} ({error!r})"
     if built_for != torch.__version__:
-        return None, (
-            f"C++ extension not used: built for torch {built_for}, running {torch.__version__}; reinstall with --no-build-isolation"
-        )
+        versions = f"built for torch {built_for}, running {torch.__version__}"
+        return None, f"C++ extension not used: {versions}; reinstall with --no-build-isolation"
     try:
         module = importlib.import_module(f"{__package__}._C")
     except ImportError as error:

@@ -113,6 +113,13 @@ class Ranks:
     def _all_to_all(self, out: Tensor, x: Tensor, out_sizes: list[int], sizes: list[int]) -> None:
         dist.all_to_all_single(out, x, out_sizes, sizes, group=self.group)
 
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """Element by element, the log of the sum of exp(x) over ranks, the same bits on every rank."""
+        peak = x.detach().clone()
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
+        shift = torch.where(peak.isfinite(), peak, 0.0)
+        return self.sum((x - shift).exp()).log() + shift
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks of a number, the same bits on every rank."""
         total = x.detach().clone()
@@ -140,12 +147,13 @@ def agree(
     settings: dict[str, object],
     views: int,
     seed: Callable[[], int],
+    number_name: str,
 ) -> Ranks:
     """Run `check` on every rank and exchange its outcome, so that all ranks raise together or none does.
 
-    `check` validates this rank's arguments and returns (rows of one view, temperature); `settings` are those that
-    all ranks must pass alike; the seed of rank 0 becomes that of all. A rank that raised alone, or took another
-    path, would leave the others waiting in a collective until it times out.
+    `check` validates this rank's arguments and returns (rows of one view, temperature or the number so named);
+    `settings` are those that all ranks must pass alike; the seed of rank 0 becomes that of all. A rank that raised
+    alone, or took another path, would leave the others waiting in a collective until it times out.
     """
     error: Exception | None = None
     count = d = dtype = setting = number = 0
@@ -161,7 +169,8 @@ def agree(
     if dist.get_backend(group) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     hashes = [zlib.crc32(repr(_as_float(value)).encode()) for value in settings.values()]
-    mine = torch.tensor([error is not None, count, d, dtype, setting, number, *hashes], dtype=torch.int64, device=device)
+    facts = [error is not None, count, d, dtype, setting, number, *hashes]
+    mine = torch.tensor(facts, dtype=torch.int64, device=device)
     every = mine.new_empty(dist.get_world_size(group) * mine.numel())
     dist.all_gather_into_tensor(every, mine, group=group)
     rows = every.view(-1, mine.numel()).tolist()
@@ -170,10 +179,10 @@ def agree(
     failed = [rank for rank, row in enumerate(rows) if row[0]]
     if failed:
         raise ValueError(f"{name}: arguments must be valid on every rank, got an error on rank {failed[0]}")
-    for index, what in ((2, "feature dimension D"), (3, "dtype"), (4, "temperature")):
+    for index, what in ((2, "feature dimension D"), (3, "dtype"), (4, number_name)):
         values = [row[index] for row in rows]
         if len(set(values)) > 1:
-            raise ValueError(f"{name}: {what} must be equal on all ranks, got {_show(what, values)}")
+            raise ValueError(f"{name}: {what} must be equal on all ranks, got {_show(index, values)}")
     for index, (what, value) in enumerate(settings.items(), 6):
         other = [rank for rank, row in enumerate(rows) if row[index] != hashes[index - 6]]
         if other:
@@ -189,9 +198,9 @@ def _as_float(value: object) -> object:
     return float(value) if is_number else value
 
 
-def _show(what: str, values: list[int]) -> list:
-    if what == "dtype":
+def _show(index: int, values: list[int]) -> list:
+    if index == 3:
         return [str(DTYPES[value]) for value in values]
-    if what == "temperature":
+    if index == 4:
         return [struct.unpack("d", struct.pack("q", value))[0] for value in values]
     return values

@@ -26,9 +26,13 @@ from triton.compiler import ASTSource
 
 from fastcl.kernels import launch
 from fastcl.kernels.lse_backward import lse_backward_kernel, lse_weight_kernel, row_weight_kernel
+from fastcl.kernels.lse_masked import lse_masked_kernel
 from fastcl.kernels.lse_rows import lse_combine_kernel, lse_rows_kernel
 from fastcl.kernels.lse_symmetric import lse_symmetric_kernel
+from fastcl.kernels.lse_two_way import lse_two_way_kernel
 from fastcl.kernels.rows import normalize_pair_kernel, pair_backward_kernel
+from fastcl.kernels.softplus import softplus_rows_kernel, softplus_weight_kernel
+from fastcl.kernels.stats import stats_kernel
 
 ARCHS = launch.GENERATIONS
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
@@ -38,30 +42,47 @@ OPCODES = ("MUFU.EX2", "FFMA", "FADD", "FMUL", "SHFL", "BAR")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+[^;]*;")
 WIDE = 768  # the d that stands for every width that is read in chunks
 
+# Without ids, bias and pulls.
+PLAIN = {"SAME": "keep"} | dict.fromkeys(("p_ids_a", "p_ids_b", "p_bias", "p_pull_a", "p_pull_b"))
 # The host knows the path, or the device chooses from the norms.
 FIXED = {"ONLINE_MAX": False, "CHECK_RANGE": False, "p_norms": None}
 FIXED_CHECKED = {"ONLINE_MAX": False, "CHECK_RANGE": True}
 ONLINE_CHECKED = {"ONLINE_MAX": True, "CHECK_RANGE": True}
+ONLINE = {"ONLINE_MAX": True, "CHECK_RANGE": False, "p_norms": None}
+NO_SUMS = {"p_sums": None, "p_slopes": None}
+
+# pass -> kernel, and what to say of each of its variants; the last of the masked ones are those with all operands.
+PASSES = {
+    "lse_symmetric": (lse_symmetric_kernel, {"": FIXED, " checked": FIXED_CHECKED}),
+    "lse_rows": (lse_rows_kernel, {"": FIXED, " online": ONLINE_CHECKED}),
+    "lse_two_way": (lse_two_way_kernel, {"": FIXED, " checked": FIXED_CHECKED}),
+    "lse_masked": (lse_masked_kernel, {" drop": PLAIN | {"SAME": "drop"}, " sum, bias": {"SAME": "sum"}}),
+    "lse_backward": (lse_backward_kernel, {"": FIXED}),
+    "lse_backward_online": (lse_backward_kernel, {" online": ONLINE_CHECKED}),
+    "lse_weight": (
+        lse_weight_kernel,
+        {"": PLAIN | FIXED, " online": PLAIN | ONLINE_CHECKED, " sum, bias, pull": {"SAME": "sum"} | ONLINE},
+    ),
+    "softplus_rows": (softplus_rows_kernel, {"": PLAIN, " only": {"SAME": "only"}}),
+    "softplus_weight": (
+        softplus_weight_kernel,
+        {" sums": PLAIN | {"p_beta_b": None, "p_w_b": None}, " both sides, only": {"SAME": "only"} | NO_SUMS},
+    ),
+    "stats": (stats_kernel, {"": {}}),
+}
 
 
 def matrix_cases(arch: int):
     """(label, kernel, signature types, constants, tile) of every matrix pass in the launch table."""
-    kernels = {
-        "lse_symmetric": (lse_symmetric_kernel, (FIXED, FIXED_CHECKED)),
-        "lse_rows": (lse_rows_kernel, (FIXED, ONLINE_CHECKED)),
-        "lse_backward": (lse_backward_kernel, (FIXED,)),
-        "lse_backward_online": (lse_backward_kernel, (ONLINE_CHECKED,)),
-        "lse_weight": (lse_weight_kernel, (FIXED, ONLINE_CHECKED)),
-    }
-    for name, (kernel, variants) in kernels.items():
+    for name, (kernel, variants) in PASSES.items():
         for itemsize, widths in launch.TABLE[name].items():
             dtypes = ("fp16", "bf16") if itemsize == 2 else ("fp32",)
             precisions = ("tf32",) if itemsize == 2 else ("tf32x3", "tf32")
-            for width, dtype, variant, precision in itertools.product(widths, dtypes, variants, precisions):
-                yield matrix_case(name, kernel, dtype, width, widths[width][arch], precision, variant)
+            for width, dtype, variant, precision in itertools.product(widths, dtypes, variants.items(), precisions):
+                yield matrix_case(name, kernel, dtype, width, widths[width][arch], precision, *variant)
 
 
-def matrix_case(name, kernel, dtype, width, tile, precision, variant):
+def matrix_case(name, kernel, dtype, width, tile, precision, variant, what):
     constants = {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -71,15 +92,17 @@ def matrix_case(name, kernel, dtype, width, tile, precision, variant):
         "WEIGHT_BITS": 14 if dtype == "fp16" else 0,
         "FLUSH": launch.FLUSH_TILES,
         "HAS_COL": True,
-        **variant,
+        **what,
     }
     types = {
         "d_row": f"tensordesc<{dtype}[{tile.block_m},{tile.block_d}]>",
         "d_col": f"tensordesc<{dtype}[{tile.block_n},{tile.block_d}]>",
-        "p_out": f"*{dtype}" if name == "lse_weight" else "*fp32",
+        "p_out": f"*{dtype}" if name.endswith("_weight") else "*fp32",
+        **dict.fromkeys(("p_ids_a", "p_ids_b"), "*i64"),
+        "p_counts": "*i32",
     }
     label = {
-        "kernel": name.removesuffix("_online") + " online" * variant["ONLINE_MAX"] + " checked" * (variant is FIXED_CHECKED),
+        "kernel": name.removesuffix("_online") + variant,
         "dtype": dtype if dtype != "fp32" else f"fp32 {precision}",
         "d": f"<= {width}" if width else f"{WIDE}, chunks of {tile.block_d}",
         "tile": f"{tile.block_m}x{tile.block_n}",
@@ -119,7 +142,7 @@ def compile_case(case, arch: int) -> dict:
         elif name.startswith("p_"):
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name == "log2_cols" else "i32"
+            signature[name] = "fp32" if name in ("log2_cols", "sign") else "i32"
         # What a launch sees: torch aligns its allocations, and usual widths are multiples of 16.
         if signature[name].startswith("*") or name in ("d", "stride_z"):
             attrs[(index,)] = [["tt.divisibility", 16]]

@@ -38,8 +38,9 @@ def no_kernel(monkeypatch):
     """Anything that reaches the computation fails the test."""
     # Not above: the kernels are decorated for the interpreter or for a GPU.
     import fastcl.ops
+    from fastcl import memory
     from fastcl.losses import alignment, draws
-    from fastcl.ops import rows, similarity, sorting
+    from fastcl.ops import pairs, rows, sampled, similarity, softplus, sorting
 
     def reached(*_, **__):
         pytest.fail("bad input reached the computation")
@@ -47,8 +48,10 @@ def no_kernel(monkeypatch):
     for name in fastcl.ops.SCHEMAS:
         monkeypatch.setattr(fastcl.ops, name, reached)
     functions = (similarity.TwoViewLoss, rows.UnitRows, rows.RowLogSumExp)
+    functions += (pairs.PairLogSumExp, softplus.PairSoftplus, sampled.SampledLogSumExp)
     for function in (*functions, sorting.SegmentedSort, sorting.SlicedWasserstein):
         monkeypatch.setattr(function, "apply", reached)
     monkeypatch.setattr(alignment, "_with_lengths", reached)
+    monkeypatch.setattr(memory, "unit_rows", reached)
     for name in ("prior_samples", "orthogonal_projections"):
         monkeypatch.setattr(draws, name, reached)

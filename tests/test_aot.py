@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastcl.kernels import host, launch  # noqa: E402
+from fastcl.kernels import launch, operands  # noqa: E402
 
 REPORT = Path(__file__).with_name("aot_report.py")
 
@@ -44,5 +44,5 @@ def test_rectangular_sums_stay_short(row_blocks):
     """At 2^20 columns no program adds up more tiles one by one than a fp32 sum takes."""
     col_blocks = 2**20 // 128
     least = col_blocks // launch.FLUSH_TILES
-    splits, per_split = host._split(row_blocks, col_blocks, launch.MAX_PARTIALS, least)
+    splits, per_split = operands.split(row_blocks, col_blocks, launch.MAX_PARTIALS, least)
     assert per_split <= launch.FLUSH_TILES and splits <= launch.MAX_PARTIALS and splits * per_split >= col_blocks

@@ -54,12 +54,12 @@ def forward_backward(a, b, temperature, bound=None, offset=0, pair=0, w=None):
     scale = 1 / temperature
     bound = scale if bound is None else bound
     columns = (a if b is None else b).double()
-    lse = host.lse_forward(a, b, scalar(scale), bound, offset, pair)
-    grad = host.lse_backward(a, b, scalar(scale), bound, offset, pair, lse, None, w, None)
+    (lse,) = host.lse_forward(a, b, scalar(scale), bound, offset, pair)
+    (grad,) = host.lse_backward(a, b, scalar(scale), bound, offset, pair, lse, None, w, None)
     exact_lse = reference.similarity_lse(a.double(), columns, scale, offset, pair)
     wide = None if w is None else w.double()
     both = (exact_lse, wide) if b is None else (None, None)
-    exact = reference.similarity_lse_backward(
+    exact, _ = reference.similarity_lse_backward(
         a.double(), columns, scale, offset, exact_lse, both[0], wide, both[1], pair
     )
     return (lse, grad), (exact_lse, exact)
@@ -69,7 +69,7 @@ def eager_pair(a, columns, temperature, offset=0, pair=0):
     """What plain PyTorch gets in the dtype of the rows."""
     scale = 1 / temperature
     lse = reference.similarity_lse(a, columns, scale, offset, pair)
-    return lse, reference.similarity_lse_backward(a, columns, scale, offset, lse, lse, pair=pair)
+    return lse, reference.similarity_lse_backward(a, columns, scale, offset, lse, lse, pair=pair)[0]
 
 
 def check_pair(what, got, exact, eager, dtype, largest=0.0):
@@ -162,14 +162,14 @@ def test_rectangular_offsets(start, stop, temperature, d, dtype):
     wide = z.double()
     exact = reference.similarity_lse(wide[start:stop], wide, scale, start, pair)
     arguments = (wide[start:stop], wide, scale, start, exact, columns_lse, None, None, pair)
-    exact_grad = reference.similarity_lse_backward(*arguments)
+    exact_grad = reference.similarity_lse_backward(*arguments)[0]
     eager = reference.similarity_lse(z[start:stop], z, scale, start, pair)
     arguments = (z[start:stop], z, scale, start, eager, columns_lse.to(dtype), None, None, pair)
-    eager_grad = reference.similarity_lse_backward(*arguments)
+    eager_grad = reference.similarity_lse_backward(*arguments)[0]
     a = host.aligned_rows(z[start:stop])
     shared = (a, z, scalar(scale), scale, start, pair)
-    lse = host.lse_forward(*shared)
-    grad = host.lse_backward(*shared, lse, columns_lse.float(), None, None)
+    (lse,) = host.lse_forward(*shared)
+    (grad,) = host.lse_backward(*shared, lse, columns_lse.float(), None, None)
     check_pair("rows", (lse, grad), (exact, exact_grad), (eager, eager_grad), dtype, largest=scale)
 
 
@@ -180,7 +180,7 @@ def test_rectangular_without_mask(cols):
     got, exact = forward_backward(a, b, 0.1, offset=cols)  # no lse of columns: rows only
     eager = reference.similarity_lse(a, b, 10.0, cols)
     check("lse", got[0], exact[0], eager, torch.float32)
-    eager_grad = reference.similarity_lse_backward(a, b, 10.0, cols, eager, None)
+    eager_grad, _ = reference.similarity_lse_backward(a, b, 10.0, cols, eager, None)
     check("gradient", got[1], exact[1], eager_grad, torch.float32)
 
 
@@ -189,9 +189,10 @@ def test_row_without_columns():
     z = unit_rows(2, 8, torch.float32)
     for scale in (5.0, 200.0):
         for columns, column_lse in ((None, None), (z, torch.full((2,), -math.inf, device=DEVICE))):
-            lse = host.lse_forward(z, columns, scalar(scale), scale, 0, 1)
+            (lse,) = host.lse_forward(z, columns, scalar(scale), scale, 0, 1)
             assert lse.tolist() == [-math.inf, -math.inf]
-            assert host.lse_backward(z, columns, scalar(scale), scale, 0, 1, lse, column_lse, None, None).eq(0).all()
+            (grad,) = host.lse_backward(z, columns, scalar(scale), scale, 0, 1, lse, column_lse, None, None)
+            assert grad.eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,7 +203,7 @@ def test_upstream_weights(temperature, dtype):
     w = torch.rand(150, device=DEVICE) * 2 - 1
     got, exact = forward_backward(z, None, temperature, w=w)
     lse = reference.similarity_lse(z, z, 1 / temperature, 0)
-    eager = reference.similarity_lse_backward(z, z, 1 / temperature, 0, lse, lse, w.to(dtype), w.to(dtype))
+    eager, _ = reference.similarity_lse_backward(z, z, 1 / temperature, 0, lse, lse, w.to(dtype), w.to(dtype))
     check("weighted gradient", got[1], exact[1], eager, dtype, weight_rounding(dtype))
 
 
@@ -232,7 +233,7 @@ def test_partners_are_left_out_and_nothing_else(temperature, n, dtype):
     for b, offset in ((None, 0), (columns, 5)):
         wide = z.double() if b is None else b.double()
         exact = reference.similarity_lse(z.double(), wide, scale, offset, n)
-        got = host.lse_forward(z, b, scalar(scale), scale, offset, n)
+        (got,) = host.lse_forward(z, b, scalar(scale), scale, offset, n)
         assert (got - exact).abs().max() < 1e-6 * scale + 1e-5  # fp32 rounding of exponents, and of sums
 
 
@@ -261,7 +262,7 @@ def test_super_blocks(m, partials, monkeypatch):
     z = unit_rows(m, 16, torch.float16)
     pair = m // 2 if m % 2 == 0 else 0
     exact = reference.similarity_lse(z.double(), z.double(), 5.0, 0, pair)
-    got = host.lse_forward(z, None, scalar(5.0), 5.0, 0, pair)
+    (got,) = host.lse_forward(z, None, scalar(5.0), 5.0, 0, pair)
     assert (got - exact).abs().max() < 1e-5  # fp32 sums of 700 terms
 
 
@@ -272,7 +273,7 @@ def test_online_maximum_over_several_blocks(partials, monkeypatch):
     z = unit_rows(520, 16, torch.float16)
     scale = 1 / 0.005
     exact = reference.similarity_lse(z.double(), z.double(), scale, 0, 260)
-    got = host.lse_forward(z, None, scalar(scale), scale, 0, 260)
+    (got,) = host.lse_forward(z, None, scalar(scale), scale, 0, 260)
     # fp32 sums of 520 terms, and exponents of up to scale * log2(e), rounded once or twice.
     assert (got - exact).abs().max() < 1e-5 + scale * 2.0**-23
 
@@ -314,10 +315,10 @@ def test_same_bits_every_time(temperature):
 def test_bad_numbers_stay_visible(temperature):
     z = unit_rows(140, 16, torch.float32)
     z[17, 3] = math.nan
-    seen = host.lse_forward(z, None, scalar(1 / temperature), 1 / temperature, 0, 70).isnan()
+    seen = host.lse_forward(z, None, scalar(1 / temperature), 1 / temperature, 0, 70)[0].isnan()
     assert seen.sum() == 139 and not seen[87]  # its partner alone does not look at row 17
     z[17, 3] = math.inf
-    assert not host.lse_forward(z, None, scalar(1 / temperature), 1 / temperature, 0, 70)[17].isfinite()
+    assert not host.lse_forward(z, None, scalar(1 / temperature), 1 / temperature, 0, 70)[0][17].isfinite()
 
 
 def test_offsets_beyond_31_bits():
@@ -334,8 +335,8 @@ def test_offsets_beyond_31_bits():
     near = host.aligned_rows(x.contiguous())
     for a, b, offset in ((x, None, 0), (near, x, m), (x, near, m)):
         assert torch.equal(
-            host.lse_forward(a, b, scalar(5.0), 5.0, offset, 0),
-            host.lse_forward(near, None if b is None else near, scalar(5.0), 5.0, offset, 0),
+            host.lse_forward(a, b, scalar(5.0), 5.0, offset, 0)[0],
+            host.lse_forward(near, None if b is None else near, scalar(5.0), 5.0, offset, 0)[0],
         )
 
 

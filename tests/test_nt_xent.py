@@ -175,7 +175,8 @@ def test_other_weights_of_alignment_and_distribution(backend, weight):
     leaves = [torch.randn(9, 5, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
     leaves += [torch.tensor(x, dtype=torch.float64, device=device, requires_grad=True) for x in (3.0, weight)]
     x1, x2, scale, coefficient = leaves
-    got = TwoViewLoss.apply(x1, x2, scale, coefficient, torch.ones_like(scale), -1.0, True, True, None, "decoupled")
+    pull = torch.ones_like(scale)
+    got = TwoViewLoss.apply(x1, x2, scale, coefficient, pull, True, -1.0, True, True, None, "decoupled")
     z = reference.stack_views(x1, x2)
     exact = (coefficient * reference.similarity_lse(z, z, scale, 0) - reference.positives(z)).sum()
     check("decoupled", got, exact, exact, torch.float64)
@@ -197,7 +198,7 @@ def test_more_blocks_than_one_level_of_sums():
     """The C++ backward folds its sums every 64 blocks of at most 192 rows: against chunked torch, which has none."""
     z = F.normalize(torch.randn(12_400, 2, dtype=torch.float64), dim=1)
     scale = torch.tensor(5.0, dtype=torch.float64)
-    lse = fastcl.ops.lse_forward(z, None, scale, 5.0, 0, 6_200)
+    (lse,) = fastcl.ops.lse_forward(z, None, scale, 5.0, 0, 6_200)
     arguments = (z, None, scale, 5.0, 0, 6_200, lse, None, None, None)
     torch.testing.assert_close(fastcl.ops.lse_backward(*arguments), chunked.lse_backward(*arguments))
 

@@ -15,8 +15,8 @@ def samples(dtype=torch.float32, normalize=True):
     x1, x2 = torch.randn(2, 9, 5).to(dtype)
     z, rnorm, pos = ops.normalize_pair(x1, x2, normalize)
     scale = torch.tensor(3.0, dtype=z.dtype)
-    lse = ops.lse_forward(z, None, scale, 3.0, 0, 9)
-    grad = ops.lse_backward(z, None, scale, 3.0, 0, 9, lse, None, None, None)
+    (lse,) = ops.lse_forward(z, None, scale, 3.0, 0, 9)
+    (grad,) = ops.lse_backward(z, None, scale, 3.0, 0, 9, lse, None, None, None)
     w = torch.rand(18, dtype=z.dtype)
     yield ops.normalize_pair, (x1, x2, normalize)
     yield ops.lse_forward, (z, None, scale, 3.0, 0, 9)
@@ -24,6 +24,7 @@ def samples(dtype=torch.float32, normalize=True):
     yield ops.lse_backward, (z, None, scale, 3.0, 0, 9, lse, None, None, None)
     yield ops.lse_backward, (z[4:], z, scale, -1.0, 4, 7, lse[4:], lse, w[4:], w)
     yield ops.lse_backward, (z[4:], z, scale, -1.0, 4, 7, lse[4:], None, None, None)
+    yield from pair_samples(z, scale, lse, w)
     yield ops.pair_backward, (z, rnorm, grad, scale, w, dtype)
     yield ops.segmented_sort, (x1, normalize)
     yield ops.segmented_sort, (x1.T, normalize)
@@ -31,11 +32,32 @@ def samples(dtype=torch.float32, normalize=True):
     yield ops.wasserstein_1d, (z.T, z.T + 1, normalize)
 
 
+def pair_samples(z, scale, lse, w):
+    """With ids, biases and the sums of the columns; softplus and statistics of pairs."""
+    shared, ids = (z[4:], z, scale), torch.arange(18) // 4
+    drop, sums = ({"ids_a": ids[4:], "ids_b": ids, "same": same} for same in ("drop", "sum"))
+    own = {"ids_a": ids, "same": "sum"}
+    columns = {"bias": w, "columns": True}
+    yield ops.lse_forward, (z, None, scale, 3.0, 0, 0), own
+    yield ops.lse_forward, (*shared, 3.0, 4, 0), sums
+    yield ops.lse_forward, (*shared, 3.0, 4, 0), {**drop, **columns}
+    yield ops.lse_backward, (z, None, scale, 3.0, 0, 0, lse, None, None, None), {**own, "pull_a": w}
+    yield ops.lse_backward, (*shared, 3.0, 4, 0, lse[4:], lse, None, w), {**sums, "pull_a": w[4:], "pull_b": w}
+    yield ops.lse_backward, (*shared, -1.0, 4, 0, lse[4:], lse, w[4:], w), {**drop, **columns}
+    yield ops.softplus_forward, (z, None, scale, w, 1.0, 0), {**own, "same": "only"}
+    yield ops.softplus_forward, (*shared, w[4:], -1.0, 18)
+    yield ops.softplus_backward, (*shared, 1.0, 4, w[4:], w, None, w), drop
+    yield ops.softplus_backward, (z, None, scale, -1.0, 0, w, None, w, None)
+    yield ops.softplus_both, (*shared, w[4:], -1.0, 4, w[4:]), drop
+    yield ops.similarity_stats, (z, None, scale, 0, 9)
+    yield ops.similarity_stats, (*shared, 4, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_opcheck(dtype, normalize):
-    for op, args in samples(dtype, normalize):
-        torch.library.opcheck(op, args, test_utils=OPCHECK)
+    for op, args, *options in samples(dtype, normalize):
+        torch.library.opcheck(op, args, *options, test_utils=OPCHECK)
 
 
 def test_schemas_agree():
@@ -98,8 +120,8 @@ def test_interface_of_empty_ranks():
     z, rnorm, pos = ops.normalize_pair(x, x, True)
     columns = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
     scale = torch.tensor(3.0)
-    lse = ops.lse_forward(z, columns, scale, 3.0, 2, 0)
-    columns_lse = ops.lse_forward(columns, None, scale, 3.0, 0, 3)
-    grad = ops.lse_backward(z, columns, scale, 3.0, 2, 0, lse, columns_lse, None, None)
+    (lse,) = ops.lse_forward(z, columns, scale, 3.0, 2, 0)
+    (columns_lse,) = ops.lse_forward(columns, None, scale, 3.0, 0, 3)
+    (grad,) = ops.lse_backward(z, columns, scale, 3.0, 2, 0, lse, columns_lse, None, None)
     dx1, dx2, rowdot = ops.pair_backward(z, rnorm, grad, scale, lse.float(), torch.float32)
     assert lse.shape == (0,) and grad.shape == (0, 5) and dx1.shape == dx2.shape == (0, 5) and rowdot.shape == (0,)

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "pairs.h"
 #include "simd.h"
 
 namespace fastcl::cpu {
@@ -17,13 +18,16 @@ constexpr double kLog2E = 1.4426950408889634074;
 // Rounding makes unit rows a little longer than 1.
 constexpr double kBoundSlack = 1.01;
 
+// Whether a scale is a positive finite number; everything is NaN otherwise.
+inline bool usable_scale(double scale) { return scale > 0 && std::isfinite(scale); }
+
 // exp(scale * <a, b>) as exp2(s * c - shift) with one shift for all rows, so that sums add up over
 // tiles, or (fixed == false) as exp(s - x), x each row's own maximum or lse. In the second form s
 // is the product times scale already, rounded once and alike in forward and backward: a row that
 // one huge similarity dominates then has exactly the probability 1 there.
 template <typename T>
 struct ExpRange {
-  bool usable;  // scale is a positive finite number; everything is NaN otherwise
+  bool usable;  // the scale is
   bool fixed;
   T factor;    // of the products in a tile
   T c, shift;
@@ -35,7 +39,7 @@ struct ExpRange {
     const double limit = (sizeof(T) == 4 ? 120 : 950) - reserve;
     const double bound2 = bound * kBoundSlack * kLog2E;
     const double sum2 = std::log2(static_cast<double>(std::max<int64_t>(cols, 1)));
-    usable = scale_value > 0 && std::isfinite(scale_value);
+    usable = usable_scale(scale_value);
     // False for NaN, and where a row may see a single column: the second form is exact there.
     fixed = cols > 2 && 2 * bound2 + sum2 <= 2 * limit;
     factor = fixed ? T(1) : static_cast<T>(scale_value);
@@ -71,6 +75,20 @@ double similarity_bound(double bound, double scale, const at::Tensor& a, const a
   if (bound >= 0) return bound;
   const double norm_a = largest_norm<T>(a);
   return scale * norm_a * (a.is_same(b) ? norm_a : largest_norm<T>(b));
+}
+
+// The range of an op. columns: it sums up columns, too.
+template <typename T>
+ExpRange<T> exp_range(const PairArguments& args, double scale, double bound, bool columns,
+                      double reserve = 0) {
+  const int64_t rows = args.a.size(0), cols = args.columns().size(0);
+  // The longest sum, none where one of them may be of a single pair.
+  const int64_t terms = !columns ? cols : std::min(rows, cols) > 2 ? std::max(rows, cols) : 0;
+  // Biases have no bound.
+  const double limit = args.bias.has_value()
+                           ? std::numeric_limits<double>::infinity()
+                           : similarity_bound<T>(bound, scale, args.a, args.columns());
+  return ExpRange<T>(scale, limit, terms, reserve);
 }
 
 }  // namespace fastcl::cpu

@@ -1,14 +1,16 @@
-// G_i = sum over the allowed j of (w_a_i e^(S_ij - lse_a_i) + w_b_j e^(S_ij - lse_b_j)) b_j, the
-// gradient of the weighted lse of rows and columns without the factor scale.
-// Fused: product, mask, both weights in one tile. Never stored: similarities, probabilities.
+// G = W b of the weights W_ij = w_a_i e^(S_ij - lse_a_i) + w_b_j e^(S_ij - lse_b_j) of the allowed
+// pairs, less pull_a_i + pull_b_j where the ids are the same: the gradient of the weighted lse of
+// rows and columns, and of the sums of the same id, without the factor scale. G_columns = W^T a.
+// Fused: product, masks, both weights in one tile. Never stored: similarities, probabilities.
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "../checks.h"
 #include "exp_range.h"
+#include "gradient_sums.h"
+#include "pairs.h"
 #include "schedule.h"
 #include "tiles.h"
 
@@ -75,77 +77,6 @@ struct Side {
   }
 };
 
-// G, as `copies` partial sums of it, by blocks of rows. After kFold products a block moves into
-// a second level of sums: adding thousands of them one by one would lose digits.
-template <typename T>
-class GradientSums {
- public:
-  GradientSums(const at::Tensor& a, const RowBlocks& blocks, int64_t copies, int64_t products)
-      : rows_(a.size(0)), d_(a.size(1)), per_copy_(blocks.count()), copies_(copies) {
-    sum_ = empty_like_rows(a, {copies * rows_, d_});
-    if (products > kFold) total_ = empty_like_rows(a, {copies * rows_, d_});
-    state_.resize(copies * per_copy_);
-    for (int64_t copy = 0; copy < copies; ++copy) {
-      for (int64_t b = 0; b < per_copy_; ++b) {
-        Block& block = state_[copy * per_copy_ + b];
-        block.offset = (copy * rows_ + blocks.start(b)) * d_;
-        block.size = blocks.size(b) * d_;
-        block.view = at::cpu::as_strided(sum_, {blocks.size(b), d_}, {d_, 1}, block.offset);
-      }
-    }
-  }
-
-  // block += weights * rows
-  void add(int64_t copy, int64_t b, const at::Tensor& weights, const at::Tensor& rows) {
-    Block& block = state_[copy * per_copy_ + b];
-    if (block.pending == kFold) fold(block);
-    if (block.pending == 0) {
-      at::cpu::mm_out(block.view, weights, rows);
-    } else {
-      at::cpu::addmm_(block.view, weights, rows);
-    }
-    ++block.pending;
-  }
-
-  at::Tensor finish(double factor) {
-    const bool two_levels = total_.defined();
-    const at::Tensor& parts = two_levels ? total_ : sum_;
-    for (Block& block : state_) {
-      if (two_levels && block.pending > 0) fold(block);
-      if (block.pending == 0 && !block.folded) {
-        std::fill_n(parts.data_ptr<T>() + block.offset, block.size, T(0));
-      }
-    }
-    at::Tensor g = parts;
-    if (copies_ > 1) {
-      g = parts.narrow(0, 0, rows_).clone();
-      for (int64_t copy = 1; copy < copies_; ++copy) g.add_(parts.narrow(0, copy * rows_, rows_));
-    }
-    return factor == 1 ? g : g.mul_(factor);
-  }
-
- private:
-  static constexpr int64_t kFold = 64;
-  struct Block {
-    at::Tensor view;
-    int64_t offset = 0, size = 0;
-    int64_t pending = 0;
-    bool folded = false;
-  };
-
-  void fold(Block& block) {
-    const T* const from = sum_.const_data_ptr<T>() + block.offset;
-    T* const to = total_.data_ptr<T>() + block.offset;
-    for (int64_t k = 0; k < block.size; ++k) to[k] = block.folded ? to[k] + from[k] : from[k];
-    block.pending = 0;
-    block.folded = true;
-  }
-
-  int64_t rows_, d_, per_copy_, copies_;
-  at::Tensor sum_, total_;  // [copies * R, D]
-  std::vector<Block> state_;
-};
-
 template <typename T>
 void weigh(const Tile<T>& s, const ExpRange<T>& range, const Side<T>& rows, int64_t row,
            const Side<T>& cols, int64_t col, bool both) {
@@ -157,74 +88,130 @@ void weigh(const Tile<T>& s, const ExpRange<T>& range, const Side<T>& rows, int6
   }
 }
 
-using OptionalTensor = std::optional<at::Tensor>;
+// The numbers of one side: lse, weights, and what to take off the weights of the same id.
+struct SideArguments {
+  OptionalTensor lse, w, pull;
 
-const at::Tensor* pointer(const OptionalTensor& x) { return x.has_value() ? &*x : nullptr; }
+  void check(const char* side, int64_t n, at::ScalarType dtype) const {
+    const auto name = [&](const char* what) { return std::string(what) + side; };
+    if (lse.has_value()) check_lse("lse_backward", name("lse_").c_str(), *lse, n);
+    if (w.has_value()) check_vector("lse_backward", name("w_").c_str(), *w, n, dtype);
+    if (pull.has_value()) check_vector("lse_backward", name("pull_").c_str(), *pull, n, dtype);
+  }
+
+  SideArguments contiguous() const {
+    return {cpu::contiguous(lse), cpu::contiguous(w), cpu::contiguous(pull)};
+  }
+};
+
+// What is in a tile of weights, for both sides.
+template <typename T>
+class Weights {
+ public:
+  Weights(const PairArguments& args, const Pairs<T>& pairs, const ExpRange<T>& range,
+          const SideArguments& a, const SideArguments& b, double factor)
+      : pairs_(pairs),
+        range_(range),
+        both_(!args.b.has_value() || b.lse.has_value()),
+        rows_(range, args.a.size(0), pointer(a.lse), pointer(a.w), factor) {
+    if (args.b.has_value()) {
+      cols_.emplace(range, args.b->size(0), pointer(b.lse), pointer(b.w), factor);
+    }
+    if (a.pull.has_value() || b.pull.has_value()) {
+      row_pull_ = padded<T>(a.pull, args.a.size(0), T(0), factor);
+      const OptionalTensor& col_pull = args.b.has_value() ? b.pull : a.pull;
+      col_pull_ = padded<T>(col_pull, args.columns().size(0), T(0), factor);
+    }
+  }
+
+  void fill(TileScratch<T>& scratch, int64_t i, int64_t j) const {
+    const Tile<T> s = pairs_.similarities(scratch, i, j);
+    const int64_t row = pairs_.rows().start(i), col = pairs_.cols().start(j);
+    weigh(s, range_, rows_, row, cols_.has_value() ? *cols_ : rows_, col, both_);
+    if (row_pull_.empty()) return;
+    kernels<T>().pull_same_ids(s, pairs_.row_ids(i), pairs_.col_ids(j), &row_pull_[row],
+                               &col_pull_[col]);
+    scratch.set_left_out(s, T(0));
+  }
+
+ private:
+  const Pairs<T>& pairs_;
+  ExpRange<T> range_;
+  bool both_;
+  Side<T> rows_;
+  std::optional<Side<T>> cols_;
+  std::vector<T> row_pull_, col_pull_;
+};
 
 template <typename T>
-at::Tensor backward(const at::Tensor& a, const OptionalTensor& b, double scale, double bound,
-                    int64_t offset, int64_t pair, const at::Tensor& lse_a,
-                    const OptionalTensor& lse_b, const OptionalTensor& w_a,
-                    const OptionalTensor& w_b) {
-  const at::Tensor& columns = b.has_value() ? *b : a;
-  const bool both = !b.has_value() || lse_b.has_value();
-  const WeightRange weights = b.has_value() && both ? weight_range<T>({&w_a, &w_b})
-                                                    : weight_range<T>({&w_a});
-  const ExpRange<T> range(scale, similarity_bound<T>(bound, scale, a, columns), columns.size(0),
-                          weights.span);
+std::vector<at::Tensor> backward(const PairArguments& args, double scale, double bound,
+                                 const SideArguments& a, const SideArguments& b, bool columns) {
+  const WeightRange weights = args.b.has_value() && b.lse.has_value()
+                                  ? weight_range<T>({&a.w, &b.w})
+                                  : weight_range<T>({&a.w});
+  const ExpRange<T> range = exp_range<T>(args, scale, bound, columns, weights.span);
   if (!range.usable) {
-    return empty_like_rows(a, a.sizes()).fill_(std::numeric_limits<double>::quiet_NaN());
+    std::vector<at::Tensor> out{empty_like_rows(args.a, args.a.sizes())};
+    if (columns) out.push_back(empty_like_rows(*args.b, args.b->sizes()));
+    for (at::Tensor& x : out) x.fill_(std::numeric_limits<double>::quiet_NaN());
+    return out;
   }
-  const RowBlocks row_blocks(a, block_rows<T>(a.size(0)));
-  const Side<T> row_side(range, a.size(0), &lse_a, pointer(w_a), weights.factor);
-  if (!b.has_value()) {
-    GradientSums<T> g(a, row_blocks, 1, row_blocks.count());
-    const auto scratch = [&] {
-      return TileScratch<T>(a, row_blocks.block(), row_blocks.block());
-    };
+  const Pairs<T> pairs(args, range.factor);
+  const Weights<T> w(args, pairs, range, a, b, weights.factor);
+  const RowBlocks &row_blocks = pairs.rows(), &col_blocks = pairs.cols();
+  const auto scratch = [&] { return pairs.scratch(); };
+  if (!args.b.has_value()) {
+    GradientSums<T> g(args.a, row_blocks, 1, row_blocks.count());
     for_each_block_pair(row_blocks.count(), scratch, [&](auto& tile, int64_t i, int64_t j) {
-      const Tile<T> s = tile.product(row_blocks, i, row_blocks, j, 0, pair, range.factor);
-      weigh(s, range, row_side, row_blocks.start(i), row_side, row_blocks.start(j), true);
+      w.fill(tile, i, j);
       g.add(0, i, tile.view(), row_blocks.rows(j));
       // The weights are symmetric, so the transposed tile serves the other block.
       if (i != j) g.add(0, j, tile.view_transposed(), row_blocks.rows(i));
     });
-    return g.finish(weights.factor);
+    return {g.finish(weights.factor)};
   }
-  const RowBlocks col_blocks(columns, block_rows<T>(columns.size(0)));
-  const Side<T> col_side(range, columns.size(0), pointer(lse_b), pointer(w_b), weights.factor);
+  if (columns) {
+    const Cells cells(row_blocks.count(), col_blocks.count());
+    GradientSums<T> g(args.a, row_blocks, cells.row_copies, col_blocks.count());
+    GradientSums<T> g_columns(*args.b, col_blocks, cells.col_copies, row_blocks.count());
+    cells.run(scratch, [&](auto& tile, int64_t row_copy, int64_t col_copy, int64_t i, int64_t j) {
+      w.fill(tile, i, j);
+      g.add(row_copy, i, tile.view(), col_blocks.rows(j));
+      g_columns.add(col_copy, j, tile.view_transposed(), row_blocks.rows(i));
+    });
+    return {g.finish(weights.factor), g_columns.finish(weights.factor)};
+  }
   const Stripes stripes(row_blocks.count(), col_blocks.count());
-  GradientSums<T> g(a, row_blocks, stripes.count, stripes.width);
-  const auto scratch = [&] { return TileScratch<T>(a, row_blocks.block(), col_blocks.block()); };
+  GradientSums<T> g(args.a, row_blocks, stripes.count, stripes.width);
   stripes.run(scratch, [&](auto& tile, int64_t stripe, int64_t i, int64_t j) {
-    const Tile<T> s = tile.product(row_blocks, i, col_blocks, j, offset, pair, range.factor);
-    weigh(s, range, row_side, row_blocks.start(i), col_side, col_blocks.start(j), both);
+    w.fill(tile, i, j);
     g.add(stripe, i, tile.view(), col_blocks.rows(j));
   });
-  return g.finish(weights.factor);
+  return {g.finish(weights.factor)};
 }
 
-void check_side(const char* lse_name, const OptionalTensor& lse, const char* w_name,
-                const OptionalTensor& w, int64_t n, at::ScalarType dtype) {
-  if (lse.has_value()) check_lse("lse_backward", lse_name, *lse, n);
-  if (w.has_value()) check_vector("lse_backward", w_name, *w, n, dtype);
-}
-
-OptionalTensor contiguous(const OptionalTensor& x) {
-  return x.has_value() ? OptionalTensor(x->contiguous()) : std::nullopt;
-}
-
-at::Tensor lse_backward(const at::Tensor& a, const OptionalTensor& b, const at::Tensor& scale,
-                        double bound, int64_t offset, int64_t pair, const at::Tensor& lse_a,
-                        const OptionalTensor& lse_b, const OptionalTensor& w_a,
-                        const OptionalTensor& w_b) {
-  check_operands("lse_backward", a, b, scale, offset, pair);
-  check_side("lse_a", lse_a, "w_a", w_a, a.size(0), a.scalar_type());
-  if (b.has_value()) check_side("lse_b", lse_b, "w_b", w_b, b->size(0), a.scalar_type());
+std::vector<at::Tensor> lse_backward(
+    const at::Tensor& a, const OptionalTensor& b, const at::Tensor& scale, double bound,
+    int64_t offset, int64_t pair, const at::Tensor& lse_a, const OptionalTensor& lse_b,
+    const OptionalTensor& w_a, const OptionalTensor& w_b, const OptionalTensor& ids_a,
+    const OptionalTensor& ids_b, std::string_view same, const OptionalTensor& bias,
+    const OptionalTensor& pull_a, const OptionalTensor& pull_b, bool columns) {
+  constexpr const char* kOp = "lse_backward";
+  check_operands(kOp, a, b, scale, offset, pair);
+  const PairIds ids = check_ids(kOp, a, b, ids_a, ids_b, same, true);
+  check_bias(kOp, a, b, bias);
+  check_columns(kOp, b, columns);
+  TORCH_CHECK_VALUE(ids.same == Same::kSum || !(pull_a.has_value() || pull_b.has_value()), kOp,
+                    ": same must be sum with pull_a or pull_b, got ", same);
+  SideArguments rows{lse_a, w_a, pull_a}, cols{lse_b, w_b, pull_b};
+  rows.check("a", a.size(0), a.scalar_type());
+  if (b.has_value()) cols.check("b", b->size(0), a.scalar_type());
   const PlainDispatch plain;
+  const PairArguments args(a, b, offset, pair, ids, bias);
+  rows = rows.contiguous();
+  cols = b.has_value() ? cols.contiguous() : rows;
   const auto run = a.scalar_type() == at::kFloat ? &backward<float> : &backward<double>;
-  return run(a.contiguous(), contiguous(b), scale.item<double>(), bound, offset, pair,
-             lse_a.contiguous(), contiguous(lse_b), contiguous(w_a), contiguous(w_b));
+  return run(args, scale.item<double>(), bound, rows, cols, columns);
 }
 
 }  // namespace

@@ -14,130 +14,13 @@
 FASTCL_PUSH_TARGET(FASTCL_SIMD_TARGET)
 #endif
 
-#define FASTCL_INLINE static inline __attribute__((always_inline))
+#include "simd_math.inl"
 
 namespace fastcl::cpu::FASTCL_SIMD_NAMESPACE {
 namespace {
 
 // Column sums of this many rows are kept in T before they join the double totals.
 constexpr int64_t kStripRows = 32;
-constexpr double kLog2E = 1.4426950408889634074;
-
-template <typename T>
-struct Float;
-
-// exp2_coefficients: weighted minimax fit of 2^f on [-1/2, 1/2], relative error 2.6e-9 (float) and
-// 1.8e-17 (double), below the rounding of the evaluation.
-template <>
-struct Float<float> {
-  typedef float V __attribute__((vector_size(FASTCL_SIMD_BYTES)));
-  typedef uint32_t U __attribute__((vector_size(FASTCL_SIMD_BYTES)));
-  static constexpr int kMantissa = 23;
-  static constexpr uint32_t kBias = 127;
-  static constexpr float kRound = 0x1.8p23f;
-  static constexpr float kMinExponent = -126.f;
-  static constexpr int kDegree = 6;
-  static constexpr float kExp2[kDegree + 1] = {
-      1.f,
-      0.69314721496802789f,
-      0.24022652782887737f,
-      0.05550310551013797f,
-      0.00961769297297306f,
-      0.00134066439023518f,
-      0.00015594678161327f,
-  };
-};
-
-template <>
-struct Float<double> {
-  typedef double V __attribute__((vector_size(FASTCL_SIMD_BYTES)));
-  typedef uint64_t U __attribute__((vector_size(FASTCL_SIMD_BYTES)));
-  static constexpr int kMantissa = 52;
-  static constexpr uint64_t kBias = 1023;
-  static constexpr double kRound = 0x1.8p52;
-  static constexpr double kMinExponent = -1022.;
-  static constexpr int kDegree = 11;
-  static constexpr double kExp2[kDegree + 1] = {
-      1.,
-      0.69314718055994569675,
-      0.24022650695910098007,
-      0.055504108664790394552,
-      0.0096181291076070023796,
-      0.0013333558153439964747,
-      0.0001540353044157213033,
-      0.000015252727385193868197,
-      1.3215442675329822143e-6,
-      1.0180647659234138888e-7,
-      7.0725704128144235096e-9,
-      4.078071929588336665e-10,
-  };
-};
-
-template <typename T>
-using Vec = typename Float<T>::V;
-template <typename T>
-using Bits = typename Float<T>::U;
-template <typename T>
-constexpr int64_t kLanes = FASTCL_SIMD_BYTES / sizeof(T);
-
-template <typename T>
-FASTCL_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <typename T>
-FASTCL_INLINE void store(T* p, Vec<T> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-
-template <typename T>
-FASTCL_INLINE Vec<T> splat(T x) {
-  return x - Vec<T>{};
-}
-
-template <typename T>
-FASTCL_INLINE T horizontal_sum(Vec<T> v) {
-  T lane[kLanes<T>];
-  __builtin_memcpy(lane, &v, sizeof(v));
-  for (int64_t width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int64_t k = 0; k < width; ++k) lane[k] += lane[k + width];
-  }
-  return lane[0];
-}
-
-// 2^t for t below the largest exponent. Results under the normal range are 0; NaN stays NaN.
-template <typename T>
-FASTCL_INLINE Vec<T> exp2(Vec<T> t) {
-  using F = Float<T>;
-  // Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits.
-  const Vec<T> rounded = t + F::kRound;
-  const Vec<T> f = t - (rounded - F::kRound);
-  Vec<T> p = splat<T>(F::kExp2[F::kDegree]);
-#pragma GCC unroll 16
-  for (int k = F::kDegree - 1; k >= 0; --k) p = p * f + F::kExp2[k];
-  Bits<T> bits;
-  __builtin_memcpy(&bits, &rounded, sizeof(bits));
-  bits = (bits + F::kBias) << F::kMantissa;
-  Vec<T> power;
-  __builtin_memcpy(&power, &bits, sizeof(power));
-  p *= power;
-  // Bitwise, so that -inf gives 0 although its polynomial is NaN, and NaN is not hidden.
-  const auto flush = t < F::kMinExponent;
-  Bits<T> keep, result;
-  __builtin_memcpy(&keep, &flush, sizeof(keep));
-  __builtin_memcpy(&result, &p, sizeof(result));
-  result &= ~keep;
-  __builtin_memcpy(&p, &result, sizeof(p));
-  return p;
-}
-
-// e^y; the product with log2(e) is rounded, which is harmless for the small |y| whose e^y matters.
-template <typename T>
-FASTCL_INLINE Vec<T> exp(Vec<T> y) {
-  return exp2<T>(y * static_cast<T>(kLog2E));
-}
 
 template <typename T, bool kColumns>
 FASTCL_INLINE void exp2_sums_impl(const Tile<T>& s, T c, T shift, double* row_sum,
@@ -308,10 +191,21 @@ void project_row(T* dz, const T* z, T z_dz, T factor, int64_t n) {
   for (; k < n; ++k) dz[k] = (dz[k] - z[k] * z_dz) * factor;
 }
 
+}  // namespace
+}  // namespace fastcl::cpu::FASTCL_SIMD_NAMESPACE
+
+#include "simd_pairs.inl"
+
+namespace fastcl::cpu::FASTCL_SIMD_NAMESPACE {
+namespace {
+
 template <typename T>
 constexpr Kernels<T> kTable = {
-    exp2_sums<T>,   maxima<T>, exp_row_sums<T>, exp_col_sums<T>,  exp2_weights<T>, exp_weights<T>,
-    sum_squares<T>, dot<T>,    scale_row<T>,    pair_gradient<T>, project_row<T>,
+    exp2_sums<T>,         maxima<T>,          exp_row_sums<T>,    exp_col_sums<T>,
+    exp2_weights<T>,      exp_weights<T>,     leave_out_ids<T>,   same_id_sums<T>,
+    pull_same_ids<T>,     add_bias<T>,        softplus_row_sums<T>,
+    softplus_col_sums<T>, sigmoid_weights<T>, exp_row_moments<T>, sum_squares<T>,
+    dot<T>,               scale_row<T>,       pair_gradient<T>,   project_row<T>,
 };
 
 }  // namespace

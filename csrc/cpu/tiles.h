@@ -98,14 +98,20 @@ class TileScratch {
       }
     }
     const Tile<T> tile{s, rows, cols, ld_};
-    const int64_t self = a.start(i) + offset - b.start(j);  // column masked in row 0
-    mask_diagonal(tile, 0, rows, self);
-    if (pair > 0) {
-      const int64_t half = std::clamp<int64_t>(pair - a.start(i), 0, rows);
-      mask_diagonal(tile, 0, half, self + pair);
-      mask_diagonal(tile, half, rows, self - pair);
-    }
+    self_ = a.start(i) + offset - b.start(j);  // column left out in row 0
+    pair_ = pair;
+    half_ = std::clamp<int64_t>(pair - a.start(i), 0, rows);
+    set_left_out(tile, kMasked);
     return tile;
+  }
+
+  // The value where a row of the last product() meets itself or its partner.
+  void set_left_out(const Tile<T>& tile, T value) const {
+    fill_diagonal(tile, 0, tile.rows, self_, value);
+    if (pair_ > 0) {
+      fill_diagonal(tile, 0, half_, self_ + pair_, value);
+      fill_diagonal(tile, half_, tile.rows, self_ - pair_, value);
+    }
   }
 
   // The valid part of the tile of the last product().
@@ -115,17 +121,19 @@ class TileScratch {
   }
 
  private:
-  // s[r, r + diagonal] = -inf for the rows first..last-1 in which that column exists.
-  static void mask_diagonal(const Tile<T>& s, int64_t first, int64_t last, int64_t diagonal) {
+  // s[r, r + diagonal] = value for the rows first..last-1 in which that column exists.
+  static void fill_diagonal(const Tile<T>& s, int64_t first, int64_t last, int64_t diagonal,
+                            T value) {
     last = std::min(last, s.cols - diagonal);
     for (int64_t r = std::max(first, -diagonal); r < last; ++r) {
-      s.data[r * s.ld + r + diagonal] = -std::numeric_limits<T>::infinity();
+      s.data[r * s.ld + r + diagonal] = value;
     }
   }
 
   int64_t ld_;
   at::Tensor buffer_;
   at::Tensor view_;
+  int64_t self_ = 0, pair_ = 0, half_ = 0;
 };
 
 }  // namespace fastcl::cpu

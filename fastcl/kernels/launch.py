@@ -68,6 +68,25 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
         },
         4: {None: _everywhere(Tile(64, 32, 32, 8, 2)) | {90: Tile(64, 64, 32, 8, 2)}},
     },
+    # Rows and columns at once: products and column sums in registers, as in the symmetric pass.
+    "lse_two_way": {
+        2: {
+            64: _everywhere(Tile(64, 128, 64, 4, 3)),
+            128: _everywhere(Tile(64, 128, 128, 4, 3)) | {100: Tile(64, 128, 128, 8, 3)},
+            256: _everywhere(Tile(64, 64, 256, 8, 2)),
+            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(64, 128, 64, 8, 3)},
+        },
+        4: {None: _everywhere(Tile(64, 64, 16, 8, 2))},
+    },
+    "lse_masked": {
+        2: {
+            64: _everywhere(Tile(128, 64, 64, 8, 3)),
+            128: _everywhere(Tile(128, 64, 128, 8, 3)),
+            256: _everywhere(Tile(128, 64, 256, 8, 2)) | {80: Tile(64, 64, 256, 8, 2)},
+            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)},
+        },
+        4: {None: _everywhere(Tile(64, 32, 32, 8, 2))},
+    },
     "lse_backward": {
         2: {
             64: _everywhere(Tile(128, 64, 64, 8, 3)) | {90: Tile(128, 128, 64, 8, 3)},
@@ -88,6 +107,23 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
     "lse_weight": {
         2: {None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)}},
         4: {None: _everywhere(Tile(64, 32, 32, 8, 2)) | {90: Tile(64, 64, 32, 8, 2)}},
+    },
+    "softplus_rows": {
+        2: {
+            64: _everywhere(Tile(128, 64, 64, 8, 3)),
+            128: _everywhere(Tile(128, 64, 128, 8, 3)),
+            256: _everywhere(Tile(128, 64, 256, 8, 2)),
+            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)},
+        },
+        4: {None: _everywhere(Tile(64, 32, 32, 8, 2))},
+    },
+    "softplus_weight": {
+        2: {None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)}},
+        4: {None: _everywhere(Tile(64, 32, 32, 8, 2))},
+    },
+    "stats": {
+        2: {None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)}},
+        4: {None: _everywhere(Tile(64, 32, 32, 8, 2))},
     },
 }
 

@@ -12,14 +12,18 @@ P = exp2(S2 - k_i) * u_i + exp2(S2 - k_j) * u_j with k_i = round(lse2_i), u_i = 
 integer k is exact, so lse2 loses nothing to rounding.
 
 16-bit weights are scaled by 2^14 before the second product: with 2^20 columns a probability is below the
-normal range of fp16, and the largest, 2 * 2^14, still fits.
+normal range of fp16, and the largest, 2 * 2^14, still fits (with pulls, 4 * 2^13).
+
+`lse_weight_kernel` writes P alone, for features too wide to keep the gradient in registers and for all that the
+row-owned kernel does not know: pairs that ids choose, a bias a column, pulls of pairs of the same id, and the
+columns' gradient P.T @ a.
 """
 
 import triton
 import triton.language as tl
 
 from .lse_rows import allowed, masked_block, masked_blocks, unmasked_block
-from .tiles import LOG2E, exponent_range, tile_product
+from .tiles import LOG2E, chosen, exponent_range, load_row, tile_product
 
 
 @triton.jit(do_not_specialize=["r"])
@@ -174,6 +178,15 @@ def lse_backward_kernel(
     _flush(p_rows, m_rows, grad, unscale, unmasked - lo > FLUSH)
 
 
+@triton.jit
+def _pulled(weight, counted, o_m, o_n, r, cols, p_pull_a, p_pull_b, WEIGHT_BITS: tl.constexpr):
+    """P less the pulls of the pairs in `counted`."""
+    pull = load_row(p_pull_a, o_m, r, 0.0)[:, None]
+    if p_pull_b is not None:
+        pull += load_row(p_pull_b, o_n, cols, 0.0)[None, :]
+    return weight - tl.where(counted, pull * 2.0**WEIGHT_BITS, 0.0)
+
+
 @triton.jit(do_not_specialize=["r", "cols", "offset", "pair", "first_row", "rows", "ld_out"])
 def lse_weight_kernel(
     d_row,  # a [r, d], block [BLOCK_M, BLOCK_D]
@@ -184,6 +197,11 @@ def lse_weight_kernel(
     p_row_k,
     p_col_u,
     p_col_k,
+    p_ids_a,  # [r] int64, or None with SAME "keep"
+    p_ids_b,  # [cols] int64, or None
+    p_bias,  # [cols] fp32, or None
+    p_pull_a,  # [r] fp32, with SAME "sum", or None
+    p_pull_b,  # [cols] fp32, or None
     p_out,  # [rows, ld_out] in the dtype of b: P of rows first_row .. first_row + rows
     r,
     cols,
@@ -198,11 +216,12 @@ def lse_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr,
+    SAME: tl.constexpr,
     HAS_COL: tl.constexpr,
     ONLINE_MAX: tl.constexpr,
     CHECK_RANGE: tl.constexpr,
 ):
-    """The weights P alone, for features too wide to keep the gradient in registers: G = P @ b by cuBLAS."""
     c, shift, fits = exponent_range(p_scale, p_norms, log2_cols)
     if CHECK_RANGE:
         if fits == ONLINE_MAX:
@@ -213,10 +232,20 @@ def lse_weight_kernel(
     o_m = o_i + tl.arange(0, BLOCK_M)
     o_n = o_j + tl.arange(0, BLOCK_N)
     acc = tile_product(None, d_row, o_i, d_col, o_j, d, True, BLOCK_M, BLOCK_N, BLOCK_D, True, PRECISION)
+    ids_m = load_row(p_ids_a, o_m, r, 0)
+    ids_n = load_row(p_ids_b, o_n, cols, 0)
+    keep = chosen(allowed(o_m, o_n, offset, pair, cols), ids_m, ids_n, SAME)
+    if p_bias is not None:
+        acc = acc * c + load_row(p_bias, o_n, cols, 0.0)[None, :] * LOG2E
+        c = 1.0
+        keep = keep & (acc != float("-inf"))
     row_u, row_k = _side(p_row_u, p_row_k, o_m, r, ONLINE_MAX)
     col_u, col_k = _column_side(p_col_u, p_col_k, o_n, cols, HAS_COL, ONLINE_MAX)
     weight = tile_weight(acc, c, shift, row_u, row_k, col_u, col_k, HAS_COL, ONLINE_MAX)
-    weight = tl.where(allowed(o_m, o_n, offset, pair, cols), weight, 0.0)
+    if p_pull_a is not None:
+        same = ids_m[:, None] == ids_n[None, :]
+        weight = _pulled(weight, same, o_m, o_n, r, cols, p_pull_a, p_pull_b, WEIGHT_BITS)
+    weight = tl.where(keep, weight, 0.0)
     o_out = o_chunk + tl.arange(0, BLOCK_M)
     p_tile = p_out + o_out[:, None].to(tl.int64) * ld_out + o_n[None, :]
     tl.store(p_tile, weight.to(p_out.dtype.element_ty), mask=(o_out < rows)[:, None] & (o_n < cols)[None, :])

@@ -19,7 +19,7 @@ LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit
-def _band(first, last, lo, hi, BLOCK_N: tl.constexpr):
+def band(first, last, lo, hi, BLOCK_N: tl.constexpr):
     """Blocks of columns first .. last, clipped to [lo, hi): (start, length), length 0 where there are none."""
     start = min(max(first, lo * BLOCK_N) // BLOCK_N, hi)
     return start, max(min((max(last, -1) + BLOCK_N) // BLOCK_N, hi) - start, 0)
@@ -37,12 +37,12 @@ def masked_blocks(o_i, offset, pair, cols, lo, hi, BLOCK_M: tl.constexpr, BLOCK_
     full = max(min(hi, cols // BLOCK_N), lo)
     first = o_i + offset
     last = first + BLOCK_M - 1
-    start0, length0 = _band(first - pair, last - pair, lo, full, BLOCK_N)
+    start0, length0 = band(first - pair, last - pair, lo, full, BLOCK_N)
     if (pair == 0) | (o_i + BLOCK_M <= pair):
         start0 = lo
         length0 = 0
-    start1, length1 = _band(first, last, start0 + length0, full, BLOCK_N)
-    start2, length2 = _band(first + pair, last + pair, start1 + length1, full, BLOCK_N)
+    start1, length1 = band(first, last, start0 + length0, full, BLOCK_N)
+    start2, length2 = band(first + pair, last + pair, start1 + length1, full, BLOCK_N)
     if (pair == 0) | (o_i >= pair):
         length2 = 0
     return start0, length0, start1, length1, start2, length2, full
@@ -75,7 +75,7 @@ def allowed(o_m, o_n, offset, pair, cols):
 
 
 @triton.jit
-def _accumulate(acc, c, shift, keep, b_max, b_sum, MASKED: tl.constexpr, ONLINE_MAX: tl.constexpr):
+def accumulate(acc, c, shift, keep, b_max, b_sum, MASKED: tl.constexpr, ONLINE_MAX: tl.constexpr):
     """Add one tile's exponentials to the row sums: (new maximum, new sum)."""
     if ONLINE_MAX:
         s2 = acc * c
@@ -131,12 +131,12 @@ def lse_rows_kernel(
     for t in range(lo, full - l0 - l1 - l2):
         o_j = unmasked_block(t, s0, l0, s1, l1, s2, l2) * BLOCK_N
         acc = tile_product(b_row, d_row, o_i, d_col, o_j, d, True, BLOCK_M, BLOCK_N, BLOCK_D, CHUNKED, PRECISION)
-        b_max, b_sum = _accumulate(acc, c, shift, None, b_max, b_sum, False, ONLINE_MAX)
+        b_max, b_sum = accumulate(acc, c, shift, None, b_max, b_sum, False, ONLINE_MAX)
     for t in range(0, l0 + l1 + l2 + hi - full):
         o_j = masked_block(t, s0, l0, s1, l1, s2, l2, full) * BLOCK_N
         acc = tile_product(b_row, d_row, o_i, d_col, o_j, d, True, BLOCK_M, BLOCK_N, BLOCK_D, CHUNKED, PRECISION)
         keep = allowed(o_m, o_j + tl.arange(0, BLOCK_N), offset, pair, cols)
-        b_max, b_sum = _accumulate(acc, c, shift, keep, b_max, b_sum, True, ONLINE_MAX)
+        b_max, b_sum = accumulate(acc, c, shift, keep, b_max, b_sum, True, ONLINE_MAX)
 
     o_part = split.to(tl.int64) * r + o_m
     tl.store(p_part + o_part, b_sum, mask=o_m < r)

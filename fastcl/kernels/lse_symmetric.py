@@ -21,7 +21,7 @@ from .tiles import exponent_range, tile_product
 
 
 @triton.jit
-def _add_rows(p_part, o_m, m, row_sum, started):
+def add_rows(p_part, o_m, m, row_sum, started):
     """p_part[o_m] += row_sum; until `started` the slot holds garbage. One owner, no atomics."""
     m_rows = o_m < m
     before = tl.where(started, tl.load(p_part + o_m, mask=m_rows, other=0.0), 0.0)
@@ -87,7 +87,7 @@ def lse_symmetric_kernel(
             )
             e = tl.exp2(acc * c - shift)
             b_sum += e
-            _add_rows(p_row_part, o_i + o_row, m, tl.sum(e, 1), j != max(i // RATIO, j_start))
+            add_rows(p_row_part, o_i + o_row, m, tl.sum(e, 1), j != max(i // RATIO, j_start))
         for t in range(i_mask - p_rows, i_end):
             i = tl.where(t < i_mask, p_start + t - i_mask + p_rows, t)
             o_i = i * BLOCK_M
@@ -100,8 +100,8 @@ def lse_symmetric_kernel(
             keep = (o_m[:, None] < o_n[None, :]) & (o_n[None, :] < m) & (o_n[None, :] != o_m[:, None] + pair)
             e = tl.where(keep, tl.exp2(acc * c - shift), 0.0)
             b_sum += e
-            _add_rows(p_row_part, o_m, m, tl.sum(e, 1), j != max(i // RATIO, j_start))
+            add_rows(p_row_part, o_m, m, tl.sum(e, 1), j != max(i // RATIO, j_start))
         # In a diagonal pair rows and columns share a slot: the barriers order its updates between threads.
         tl.debug_barrier()
-        _add_rows(p_col_part, o_n, m, tl.sum(b_sum, 0), i_super == j_super)
+        add_rows(p_col_part, o_n, m, tl.sum(b_sum, 0), i_super == j_super)
         tl.debug_barrier()

@@ -70,3 +70,23 @@ def tile_product(
             return tl.dot(b_resident, b_w.T, input_precision=PRECISION)
         else:
             return tl.dot(b_w, b_resident.T, input_precision=PRECISION)
+
+
+@triton.jit
+def load_row(p_x, o, end, other):
+    """One number of each row o, `other` past the end; where there are none, o itself, which nobody reads."""
+    if p_x is None:
+        return o
+    else:
+        return tl.load(p_x + o, mask=o < end, other=other)
+
+
+@triton.jit
+def chosen(keep, ids_m, ids_n, SAME: tl.constexpr):
+    """Of the mask `keep` [BLOCK_M, BLOCK_N] the pairs of different ids (SAME "drop"), or of the same ("only")."""
+    if SAME == "drop":
+        return keep & (ids_m[:, None] != ids_n[None, :])
+    elif SAME == "only":
+        return keep & (ids_m[:, None] == ids_n[None, :])
+    else:
+        return keep

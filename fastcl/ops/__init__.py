@@ -18,17 +18,42 @@ import torch
 from .. import _native
 from . import chunked
 
+_PAIRS = "Tensor a, Tensor? b, Tensor scale"
+_IDS = "Tensor? ids_a=None, Tensor? ids_b=None, str same='keep'"
+# Rows a [R, D] against columns b [C, D], none for a itself. S = scale * a @ b.T (+ bias of the column). Row i leaves
+# out column i + offset, and with `pair` its partner. `same` says what becomes of the pairs that have the same id:
+# "keep" (there are no ids), "drop" them, "only" them, or "sum": all stay, and the products of those of the same id are
+# summed up apart.
 SCHEMAS = {
     "normalize_pair": "(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)",
-    "lse_forward": "(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair) -> Tensor",
+    # -> [log-sum-exp of the rows]; columns: and of the columns; "sum": and the sum and number of a row's pairs.
+    "lse_forward": (
+        f"({_PAIRS}, float bound, SymInt offset, SymInt pair, *, {_IDS}, Tensor? bias=None, bool columns=False) "
+        "-> Tensor[]"
+    ),
+    # -> [weights @ b]; columns: and weights.T @ a.
     "lse_backward": (
-        "(Tensor a, Tensor? b, Tensor scale, float bound, int offset, SymInt pair, "
-        "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b) -> Tensor"
+        f"({_PAIRS}, float bound, SymInt offset, SymInt pair, "
+        "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b, *, "
+        f"{_IDS}, Tensor? bias=None, Tensor? pull_a=None, Tensor? pull_b=None, bool columns=False) -> Tensor[]"
     ),
     "pair_backward": (
         "(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor lse_coef, Tensor pull, ScalarType dtype) "
         "-> (Tensor, Tensor, Tensor)"
     ),
+    # -> sum_j softplus(sign * S_ij + beta_i) and its slope in beta_i.
+    "softplus_forward": f"({_PAIRS}, Tensor beta, float sign, SymInt offset, *, {_IDS}) -> (Tensor, Tensor)",
+    "softplus_backward": (
+        f"({_PAIRS}, float sign, SymInt offset, Tensor? beta_a, Tensor? beta_b, Tensor? w_a, Tensor? w_b, *, {_IDS}) "
+        "-> Tensor"
+    ),
+    # Forward and the gradients of both operands from one visit of each tile.
+    "softplus_both": (
+        f"(Tensor a, Tensor b, Tensor scale, Tensor beta, float sign, SymInt offset, Tensor? w=None, *, {_IDS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # -> log-sum-exp, largest and mean (under the softmax) similarity of each row.
+    "similarity_stats": f"({_PAIRS}, SymInt offset, SymInt pair) -> (Tensor, Tensor, Tensor)",
     "segmented_sort": "(Tensor x, bool descending) -> (Tensor, Tensor)",
     "wasserstein_1d": "(Tensor x, Tensor y, bool per_row) -> (Tensor, Tensor)",
 }
@@ -71,9 +96,9 @@ def _on_cuda(name: str):
     if not (_native.CUDA if sorts else TRITON):
         return fallback
 
-    def dispatch(first, *args):
+    def dispatch(first, *args, **options):
         if not (first.dtype != torch.float64 if sorts else _triton_serves(first)):
-            return fallback(first, *args)
+            return fallback(first, *args, **options)
         # Here and not above: importing Triton takes a second, which a CPU user need not pay.
         if sorts:
             from ..kernels import sort as host
@@ -82,7 +107,7 @@ def _on_cuda(name: str):
 
         # Kernels are launched on the current device, which need not be the tensors'.
         with torch.cuda.device(first.device):
-            return getattr(host, name)(first, *args)
+            return getattr(host, name)(first, *args, **options)
 
     return dispatch
 
@@ -103,12 +128,43 @@ def _normalize_pair_fake(x1, x2, normalize):
     return _rows_like(x1, rows, normalize), rnorm, x1.new_empty(x1.shape[0], dtype=dtype)
 
 
-def _lse_forward_fake(a, b, scale, bound, offset, pair):
-    return a.new_empty(a.shape[0], dtype=torch.float64)
+def _column_count(a, b):
+    return a.shape[0] if b is None else b.shape[0]
 
 
-def _lse_backward_fake(a, b, scale, bound, offset, pair, lse_a, lse_b, w_a, w_b):
-    return a.new_empty(a.shape, dtype=chunked.compute_dtype(a.dtype))
+def _numbers(a, rows, dtype=torch.float64):
+    return a.new_empty(rows, dtype=dtype)
+
+
+def _rows_of(x):
+    return x.new_empty(x.shape, dtype=chunked.compute_dtype(x.dtype))
+
+
+def _lse_forward_fake(a, b, scale, bound, offset, pair, *, same="keep", columns=False, **_):
+    lse = _numbers(a, a.shape[0])
+    if same == "sum":
+        return [lse, _numbers(a, a.shape[0]), _numbers(a, a.shape[0], torch.int64)]
+    return [lse, _numbers(a, _column_count(a, b))] if columns else [lse]
+
+
+def _lse_backward_fake(a, b, scale, bound, offset, pair, lse_a, lse_b, w_a, w_b, *, columns=False, **_):
+    return [_rows_of(a), _rows_of(b)] if columns else [_rows_of(a)]
+
+
+def _softplus_forward_fake(a, b, scale, beta, sign, offset, **_):
+    return _numbers(a, a.shape[0]), _numbers(a, a.shape[0])
+
+
+def _softplus_backward_fake(a, b, scale, sign, offset, beta_a, beta_b, w_a, w_b, **_):
+    return _rows_of(a)
+
+
+def _softplus_both_fake(a, b, scale, beta, sign, offset, w=None, **_):
+    return _numbers(a, a.shape[0]), _numbers(a, a.shape[0]), _rows_of(a), _rows_of(b)
+
+
+def _similarity_stats_fake(a, b, scale, offset, pair):
+    return tuple(_numbers(a, a.shape[0]) for _ in range(3))
 
 
 def _pair_backward_fake(z, rnorm, grad_lse, lse_coef, pull, dtype):
@@ -126,15 +182,6 @@ def _wasserstein_1d_fake(x, y, per_row):
     return cost, x.new_empty(x.shape)
 
 
-_FAKES = {
-    "normalize_pair": _normalize_pair_fake,
-    "lse_forward": _lse_forward_fake,
-    "lse_backward": _lse_backward_fake,
-    "pair_backward": _pair_backward_fake,
-    "segmented_sort": _segmented_sort_fake,
-    "wasserstein_1d": _wasserstein_1d_fake,
-}
-
 for _name, _schema in SCHEMAS.items():
     if _native.LOADED and not hasattr(torch.ops.fastcl, _name):
         raise ImportError(f"fastcl: the C++ extension is older than the package and lacks {_name}: build it again")
@@ -142,11 +189,15 @@ for _name, _schema in SCHEMAS.items():
         _library.define(_name + _schema)
         _library.impl(_name, getattr(chunked, _name), "CPU")
     _library.impl(_name, _on_cuda(_name), "CUDA")
-    torch.library.register_fake(f"fastcl::{_name}", _FAKES[_name], lib=_library)
+    torch.library.register_fake(f"fastcl::{_name}", globals()[f"_{_name}_fake"], lib=_library)
 
 normalize_pair = torch.ops.fastcl.normalize_pair.default
 lse_forward = torch.ops.fastcl.lse_forward.default
 lse_backward = torch.ops.fastcl.lse_backward.default
 pair_backward = torch.ops.fastcl.pair_backward.default
+softplus_forward = torch.ops.fastcl.softplus_forward.default
+softplus_backward = torch.ops.fastcl.softplus_backward.default
+softplus_both = torch.ops.fastcl.softplus_both.default
+similarity_stats = torch.ops.fastcl.similarity_stats.default
 segmented_sort = torch.ops.fastcl.segmented_sort.default
 wasserstein_1d = torch.ops.fastcl.wasserstein_1d.default

@@ -38,14 +38,18 @@ def normalize_pair(x1: Tensor, x2: Tensor, normalize: bool):
     return z, rnorm, (z[:n] * z[n:]).sum(1)
 
 
-def _row_chunks(rows: int, cols: int):
+def row_chunks(rows: int, cols: int):
     step = max(1, CHUNK_ELEMENTS // max(cols, 1))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _similarity(a: Tensor, b: Tensor, scale: Tensor, start: int, stop: int, offset: int, pair: int) -> Tensor:
-    """scale * a[start:stop] @ b.T, with -inf where a row meets itself or its partner."""
+def _similarity(
+    a: Tensor, b: Tensor, scale: Tensor, start: int, stop: int, offset: int, pair: int = 0, bias: Tensor | None = None
+) -> Tensor:
+    """scale * a[start:stop] @ b.T + bias, with -inf where a row meets itself or its partner."""
     S = (a[start:stop] @ b.T).mul_(scale)
+    if bias is not None:
+        S += bias
     _mask_diagonal(S, start + offset)
     if pair:
         middle = min(max(pair - start, 0), stop - start)
@@ -56,24 +60,76 @@ def _similarity(a: Tensor, b: Tensor, scale: Tensor, start: int, stop: int, offs
 
 def _mask_diagonal(S: Tensor, first: int) -> None:
     """S[i, first + i] = -inf for every such column that exists."""
-    count = min(S.shape[0], S.shape[1] - first)
-    if count > 0:
-        S[:count, first : first + count].fill_diagonal_(float("-inf"))
+    S = S[max(-first, 0) :, max(first, 0) :]
+    if S.numel():
+        S[: S.shape[1], : S.shape[0]].fill_diagonal_(-torch.inf)
 
 
-def lse_forward(a: Tensor, b: Tensor | None, scale: Tensor, bound: float, offset: int, pair: int) -> Tensor:
+def _same_ids(S: Tensor, ids_a: Tensor, ids_b: Tensor, start: int, stop: int, same: str) -> Tensor:
+    """Where row and column have the same id and are allowed; leaves pairs out of S as `same` says."""
+    equal = ids_a[start:stop, None] == ids_b[None, :]
+    if same == "drop":
+        S.masked_fill_(equal, -torch.inf)
+    elif same == "only":
+        S.masked_fill_(~equal, -torch.inf)
+    return equal.logical_and_(S != -torch.inf)
+
+
+def _columns(a: Tensor, b: Tensor | None, ids_a: Tensor | None, ids_b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, ids of b) in the dtype of the calculation; without b the columns are the rows."""
     a = a.to(compute_dtype(a.dtype))
-    b = a if b is None else b.to(a.dtype)
+    return (a, a, ids_a) if b is None else (a, b.to(a.dtype), ids_b)
+
+
+def _shift(peak: Tensor) -> Tensor:
+    return torch.where(peak.isfinite(), peak, 0.0)
+
+
+class _ColumnSums:
+    """Log-sum-exp of every column, a chunk of rows after the other, relative to a running maximum."""
+
+    def __init__(self, like: Tensor, columns: int):
+        self.peak = like.new_full((columns,), -torch.inf)
+        self.sums = like.new_zeros(columns, dtype=torch.float64)
+
+    def add(self, S: Tensor) -> None:
+        if S.shape[0]:
+            peak = torch.maximum(self.peak, S.amax(0))
+            self.sums *= (_shift(self.peak) - _shift(peak)).double().exp()
+            self.sums += (S - _shift(peak)).exp().sum(0)
+            self.peak = peak
+
+    def finish(self) -> Tensor:
+        return self.sums.log() + _shift(self.peak)
+
+
+def lse_forward(
+    a: Tensor, b: Tensor | None, scale: Tensor, bound: float, offset: int, pair: int, *,
+    ids_a: Tensor | None = None, ids_b: Tensor | None = None, same: str = "keep", bias: Tensor | None = None,
+    columns: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    a, b, ids_b = _columns(a, b, ids_a, ids_b)
     lse = a.new_empty(a.shape[0], dtype=torch.float64)
+    positives, counts = torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int64)
+    column_sums = _ColumnSums(a, b.shape[0]) if columns else None
     with torch.autocast(a.device.type, enabled=False):
-        for start, stop in _row_chunks(a.shape[0], b.shape[0]):
-            S = _similarity(a, b, scale, start, stop, offset, pair)
+        for start, stop in row_chunks(a.shape[0], b.shape[0]):
+            S = _similarity(a, b, scale, start, stop, offset, pair, bias)
+            if same != "keep":
+                equal = _same_ids(S, ids_a, ids_b, start, stop, same)
+            if same == "sum":
+                products = torch.where(equal, S if bias is None else S - bias, 0.0)
+                positives[start:stop] = products.sum(1, dtype=torch.float64) / scale
+                counts[start:stop] = equal.sum(1)
+            if columns:
+                column_sums.add(S)
             # logsumexp by hand: its result would be rounded to the type of S.
-            peak = S.amax(1) if S.shape[1] else S.new_full((stop - start,), -torch.inf)
-            shift = torch.where(peak.isfinite(), peak, 0.0)
+            shift = _shift(S.amax(1) if S.shape[1] else S.new_full((stop - start,), -torch.inf))
             sums = S.sub_(shift[:, None]).exp_().sum(1)
             lse[start:stop] = sums.double().log_() + shift
-    return lse
+    if same == "sum":
+        return [lse, positives, counts]
+    return [lse, column_sums.finish()] if columns else [lse]
 
 
 def _row_weight(lse: Tensor, w: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -87,23 +143,115 @@ def _row_weight(lse: Tensor, w: Tensor | None, dtype: torch.dtype) -> tuple[Tens
 
 def lse_backward(
     a: Tensor, b: Tensor | None, scale: Tensor, bound: float, offset: int, pair: int,
-    lse_a: Tensor, lse_b: Tensor | None, w_a: Tensor | None, w_b: Tensor | None,
-) -> Tensor:  # fmt: skip
-    a = a.to(compute_dtype(a.dtype))
+    lse_a: Tensor, lse_b: Tensor | None, w_a: Tensor | None, w_b: Tensor | None, *,
+    ids_a: Tensor | None = None, ids_b: Tensor | None = None, same: str = "keep", bias: Tensor | None = None,
+    pull_a: Tensor | None = None, pull_b: Tensor | None = None, columns: bool = False,
+) -> list[Tensor]:  # fmt: skip
     if b is None:
-        b, lse_b, w_b = a, lse_a, w_a
-    b = b.to(a.dtype)
+        lse_b, w_b, pull_b = lse_a, w_a, pull_a
+    a, b, ids_b = _columns(a, b, ids_a, ids_b)
     k_a, u_a = _row_weight(lse_a, w_a, a.dtype)
     k_b, u_b = (None, None) if lse_b is None else _row_weight(lse_b, w_b, a.dtype)
-    grad = torch.empty_like(a)
+    grad, grad_columns = torch.empty_like(a), torch.zeros_like(b) if columns else None
     with torch.autocast(a.device.type, enabled=False):
-        for start, stop in _row_chunks(a.shape[0], b.shape[0]):
-            S = _similarity(a, b, scale, start, stop, offset, pair)
+        for start, stop in row_chunks(a.shape[0], b.shape[0]):
+            S = _similarity(a, b, scale, start, stop, offset, pair, bias)
+            equal = None if same == "keep" else _same_ids(S, ids_a, ids_b, start, stop, same)
             weights = (S - k_a[start:stop, None]).exp_().mul_(u_a[start:stop, None])
             if k_b is not None:
                 weights += S.sub_(k_b[None, :]).exp_().mul_(u_b[None, :])
+            if pull_a is not None:
+                pull = pull_a[start:stop, None] if pull_b is None else pull_a[start:stop, None] + pull_b[None, :]
+                weights -= torch.where(equal, pull, 0.0)
             grad[start:stop] = weights @ b
+            if columns:
+                grad_columns.addmm_(weights.T, a[start:stop])
+    return [grad, grad_columns] if columns else [grad]
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact at both ends."""
+    return x.clamp(min=0).add_(x.abs().neg_().exp_().log1p_())
+
+
+def _softplus_chunks(
+    a: Tensor, b: Tensor, scale: Tensor, sign: float, offset: int, ids_a: Tensor | None, ids_b: Tensor | None, same: str
+):  # fmt: skip
+    """(start, stop, sign * S, with -inf for the pairs that are left out)."""
+    with torch.autocast(a.device.type, enabled=False):
+        for start, stop in row_chunks(a.shape[0], b.shape[0]):
+            S = _similarity(a, b, scale, start, stop, offset)
+            if same != "keep":
+                _same_ids(S, ids_a, ids_b, start, stop, same)
+            yield start, stop, S if sign > 0 else torch.where(S == -torch.inf, S, -S)
+
+
+def softplus_forward(
+    a: Tensor, b: Tensor | None, scale: Tensor, beta: Tensor, sign: float, offset: int, *,
+    ids_a: Tensor | None = None, ids_b: Tensor | None = None, same: str = "keep",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a, b, ids_b = _columns(a, b, ids_a, ids_b)
+    sums, slopes = (a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(2))
+    for start, stop, S in _softplus_chunks(a, b, scale, sign, offset, ids_a, ids_b, same):
+        S += beta[start:stop, None]
+        sums[start:stop] = _softplus(S).sum(1, dtype=torch.float64)
+        slopes[start:stop] = S.sigmoid_().sum(1, dtype=torch.float64)
+    return sums, slopes
+
+
+def softplus_backward(
+    a: Tensor, b: Tensor | None, scale: Tensor, sign: float, offset: int,
+    beta_a: Tensor | None, beta_b: Tensor | None, w_a: Tensor | None, w_b: Tensor | None, *,
+    ids_a: Tensor | None = None, ids_b: Tensor | None = None, same: str = "keep",
+) -> Tensor:  # fmt: skip
+    if b is None:
+        beta_b, w_b = beta_a, w_a
+    a, b, ids_b = _columns(a, b, ids_a, ids_b)
+    grad = torch.empty_like(a)
+    for start, stop, S in _softplus_chunks(a, b, scale, sign, offset, ids_a, ids_b, same):
+        weights = torch.zeros_like(S)
+        if beta_a is not None:
+            slope = (S + beta_a[start:stop, None]).sigmoid_()
+            weights += slope if w_a is None else slope * w_a[start:stop, None]
+        if beta_b is not None:
+            slope = S.add_(beta_b).sigmoid_()
+            weights += slope if w_b is None else slope * w_b
+        grad[start:stop] = weights @ b
     return grad
+
+
+def softplus_both(
+    a: Tensor, b: Tensor, scale: Tensor, beta: Tensor, sign: float, offset: int, w: Tensor | None = None, *,
+    ids_a: Tensor | None = None, ids_b: Tensor | None = None, same: str = "keep",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    a, b, ids_b = _columns(a, b, ids_a, ids_b)
+    sums, slopes = (a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(2))
+    grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+    for start, stop, S in _softplus_chunks(a, b, scale, sign, offset, ids_a, ids_b, same):
+        S += beta[start:stop, None]
+        sums[start:stop] = _softplus(S).sum(1, dtype=torch.float64)
+        weights = S.sigmoid_()
+        slopes[start:stop] = weights.sum(1, dtype=torch.float64)
+        if w is not None:
+            weights *= w[start:stop, None]
+        grad_a[start:stop] = weights @ b
+        grad_b.addmm_(weights.T, a[start:stop])
+    return sums, slopes, grad_a, grad_b
+
+
+def similarity_stats(a: Tensor, b: Tensor | None, scale: Tensor, offset: int, pair: int):
+    a, b, _ = _columns(a, b, None, None)
+    lse, best, mean = (a.new_empty(a.shape[0], dtype=torch.float64) for _ in range(3))
+    with torch.autocast(a.device.type, enabled=False):
+        for start, stop in row_chunks(a.shape[0], b.shape[0]):
+            S = _similarity(a, b, scale, start, stop, offset, pair)
+            peak = S.amax(1) if S.shape[1] else S.new_full((stop - start,), -torch.inf)
+            e = (S - _shift(peak)[:, None]).exp_()
+            sums = e.sum(1, dtype=torch.float64)
+            best[start:stop], lse[start:stop] = peak, sums.log() + _shift(peak)
+            weighted = (e * torch.where(S == -torch.inf, 0.0, S)).sum(1, dtype=torch.float64)
+            mean[start:stop] = torch.where(sums == 0, 0.0, weighted / sums)
+    return lse, best, mean
 
 
 def pair_backward(z: Tensor, rnorm: Tensor, grad_lse: Tensor, lse_coef: Tensor, pull: Tensor, dtype: torch.dtype):

@@ -3,7 +3,8 @@
     lse_i = log sum_{k != i} exp(s <z_i, J z_k>),      i over this rank's rows, k over the rows of all ranks
 
 with J the identity or, in the sum over all rows, the exchange of the last two features: rows (z, u, 1) then give
-<z_i, z_k> + u_i + u_k, a term of its own for every row and column.
+<z_i, z_k> + u_i + u_k, a term of its own for every row and column. With ids k runs over rows of another id, over rows
+of the same id, or over all of them with the products of the same id summed up apart.
 
 The backward is that of NT-Xent without the positives. The log-sum-exp over all pairs, `total`, is even cheaper:
 every weight is exp(S_ik - total), so that ranks exchange one number in all.
@@ -19,15 +20,20 @@ from .. import ops
 from ..distributed import Ranks
 from .chunked import compute_dtype, unit_rows
 from .double_backward import refuse_double_backward
-from .similarity import upstream_weights
+from .similarity import shared_weights, upstream_weights
 
 
 class UnitRows(torch.autograd.Function):
-    """x / max(||x||, 1e-12), in float32 (float64 for float64). Rows shorter than that get no gradient."""
+    """x / max(||x||, 1e-12), in float32 (float64 for float64). Rows shorter than that get no gradient.
+
+    With a dtype, rounded to it: what is multiplied elsewhere in that dtype.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, name: str) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
         z, rnorm = unit_rows(x)
+        if dtype is not None:
+            z = z.to(dtype).to(z.dtype)
         ctx.save_for_backward(z, rnorm)
         ctx.dtype, ctx.name = x.dtype, name
         return z
@@ -38,12 +44,19 @@ class UnitRows(torch.autograd.Function):
         with torch.no_grad():
             along = (z * dz).sum(1, keepdim=True)
             dx = dz.addcmul(z, along, value=-1).mul_(rnorm[:, None]).to(ctx.dtype)
-        return *refuse_double_backward(ctx.name, z, dx), None
+        return *refuse_double_backward(ctx.name, z, (dz,), dx), None, None
 
 
 def loss_rows(name: str, z: Tensor, unit: bool) -> Tensor:
     """The rows that a loss is calculated from, in its dtype: normalised, or as they are."""
-    return UnitRows.apply(z, name) if unit else z.to(compute_dtype(z.dtype))
+    return UnitRows.apply(z, None, name) if unit else z.to(compute_dtype(z.dtype))
+
+
+def product_rows(name: str, z: Tensor, unit: bool) -> tuple[Tensor, torch.dtype]:
+    """The same with exactly the values that tiles are multiplied from, and the dtype of those products: a positive
+    calculated outside the tiles then fits the log-sum-exp from within."""
+    dtype = ops.product_dtype(z, unit)
+    return (UnitRows.apply(z, dtype, name) if unit else z.to(compute_dtype(z.dtype))), dtype
 
 
 def _exchanged(z: Tensor) -> Tensor:
@@ -52,9 +65,10 @@ def _exchanged(z: Tensor) -> Tensor:
 
 
 class RowLogSumExp(torch.autograd.Function):
-    """(z [n, D], scale) -> float64 lse_i [n], or log sum_i exp(lse_i) over the rows of all ranks.
+    """(z [n, D], scale, ids [n]) -> float64 lse_i [n], or log sum_i exp(lse_i) over the rows of all ranks.
 
-    Saved for backward: z in the dtype of the products, the gathered rows (many ranks), and one number a row.
+    With same="sum" also, of the other rows of the same id, the sum of <z_i, z_k> [n] and their number [n].
+    Saved for backward: z in the dtype of the products, the gathered rows (many ranks), and a few numbers a row.
     """
 
     @staticmethod
@@ -62,39 +76,56 @@ class RowLogSumExp(torch.autograd.Function):
         ctx: FunctionCtx,
         z: Tensor,  # [n, D]
         scale: Tensor,  # []
+        ids: Tensor | None,  # [n] int64
+        same: str,
         dtype: torch.dtype,
         bound: float,
         exchange: bool,
         total: bool,
         ranks: Ranks | None,
         name: str,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         z = z.to(dtype)
         columns = z if ranks is None else ranks.gather_rows(z)
         # Without other columns the kernels use the symmetry.
         columns = _exchanged(columns) if exchange else None if ranks is None else columns
+        ids_columns = None if ids is None or ranks is None else ranks.gather_vector(ids)
         offset = 0 if ranks is None else ranks.first_row
-        lse = ops.lse_forward(z, columns, scale, bound, offset, 0)
-        ctx.bound, ctx.offset, ctx.total, ctx.ranks, ctx.name = bound, offset, total, ranks, name
+        lse, *positives = ops.lse_forward(
+            z, columns, scale, bound, offset, 0, ids_a=ids, ids_b=ids_columns, same=same
+        )
+        ctx.bound, ctx.offset, ctx.total, ctx.ranks = bound, offset, total, ranks
+        ctx.same, ctx.name = same, name
         if total:
             lse = lse.logsumexp(0)
             if ranks is not None:
                 lse = ranks.gather_number(lse).logsumexp(0)
         out = lse.clone()
-        ctx.save_for_backward(z, columns, scale, lse, out)
-        return out
+        ctx.save_for_backward(z, columns, scale, ids, ids_columns, lse, *positives[:1], out)
+        if not positives:
+            return out
+        sums, counts = positives
+        ctx.mark_non_differentiable(counts)
+        return out, sums.clone(), counts
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):
+    def backward(ctx: FunctionCtx, grad: Tensor, grad_sums: Tensor | None = None, _=None):
         with torch.no_grad():
-            grads = _row_lse_backward(ctx, grad)
-        return *refuse_double_backward(ctx.name, ctx.saved_tensors[-1], *grads), None, None, None, None, None, None
+            grads = _row_lse_backward(ctx, grad, grad_sums)
+        return *refuse_double_backward(ctx.name, ctx.saved_tensors[-1], (grad, grad_sums), *grads), *[None] * 8
 
 
-def _row_lse_backward(ctx: FunctionCtx, grad: Tensor):
-    z, columns, scale, lse, _ = ctx.saved_tensors
+def _row_lse_backward(ctx: FunctionCtx, grad: Tensor, grad_sums: Tensor | None):
+    z, columns, scale, ids, ids_columns, lse, *positives, _ = ctx.saved_tensors
     ranks: Ranks | None = ctx.ranks
-    grad, w, w_columns = upstream_weights(grad, ctx.total, ranks)
+    if grad_sums is None:
+        grad, w, w_columns = upstream_weights(grad, ctx.total, ranks)
+        weights = [None if x is None else x.to(scale.dtype) for x in (w, w_columns)]
+        pulls = [None, None]
+    else:
+        # dL/dz = s W z with W of the log-sum-exp; the sums' part of it is their gradient / s.
+        grad, rows, others = shared_weights([grad, -grad_sums / scale], ranks)
+        weights, pulls = [[rows[k].to(scale.dtype), others[k].to(scale.dtype)] for k in range(2)]
     count = z.shape[0] if columns is None else columns.shape[0]
     if ctx.total:
         lse_rows, lse_columns = lse.expand(z.shape[0]).contiguous(), lse.expand(count).contiguous()
@@ -103,12 +134,17 @@ def _row_lse_backward(ctx: FunctionCtx, grad: Tensor):
         if ranks is not None:
             lse_columns = ranks.gather_vector(lse.to(scale.dtype))
     if columns is None:
-        lse_columns = w_columns = None
-    weights = [None if x is None else x.to(scale.dtype) for x in (w, w_columns)]
-    found = ops.lse_backward(z, columns, scale, ctx.bound, ctx.offset, 0, lse_rows, lse_columns, *weights)
+        lse_columns = weights[1] = pulls[1] = None
+    (found,) = ops.lse_backward(
+        z, columns, scale, ctx.bound, ctx.offset, 0, lse_rows, lse_columns, *weights,
+        ids_a=ids, ids_b=ids_columns, same=ctx.same, pull_a=pulls[0], pull_b=pulls[1],
+    )  # fmt: skip
     dz = (grad * scale).to(found.dtype) * found
     d_scale = None
     if ctx.needs_input_grad[1]:
         # Each S_ik stands in row i and in row k of what was found, hence the half.
-        d_scale = (0.5 * grad * (z.to(found.dtype) * found).sum()).to(scale.dtype)
+        d_scale = 0.5 * (z.to(found.dtype) * found).sum().double()
+        if pulls[0] is not None:
+            d_scale = d_scale + (pulls[0] * positives[0]).sum()
+        d_scale = (grad * d_scale).to(scale.dtype)
     return dz, d_scale

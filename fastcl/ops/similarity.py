@@ -28,8 +28,8 @@ from .double_backward import refuse_double_backward
 class TwoViewLoss(torch.autograd.Function):
     """(x1, x2, scale, lse_coef, pos_coef) -> sum of loss_i over all ranks, or this rank's loss_i [2n].
 
-    Both coefficients are None for NT-Xent. Never materialised: anything of M x M. Saved for backward:
-    z [2n, D], the gathered rows (many ranks), and a few vectors.
+    Both coefficients are None for NT-Xent. Without `positive_counts` the loss is x_i: the positive is in no sum. Never
+    materialised: anything of M x M. Saved for backward: z [2n, D], the gathered rows (many ranks), and a few vectors.
     """
 
     @staticmethod
@@ -40,6 +40,7 @@ class TwoViewLoss(torch.autograd.Function):
         scale: Tensor,  # []
         lse_coef: Tensor | None,  # []
         pos_coef: Tensor | None,  # []
+        positive_counts: bool,
         bound: float,
         normalize: bool,
         reduce: bool,
@@ -52,12 +53,12 @@ class TwoViewLoss(torch.autograd.Function):
         pos = torch.cat([pos, pos]).double()
         offset = 0 if ranks is None else ranks.first_row
         # One pair alone has no negatives: x = -inf, loss 0 and gradient 0, to the bit.
-        x = ops.lse_forward(z, columns, scale, bound, offset, x1.shape[0]) - scale * pos
-        rows = _log1p_exp(x)
+        x = ops.lse_forward(z, columns, scale, bound, offset, x1.shape[0])[0] - scale * pos
+        rows = _log1p_exp(x) if positive_counts else torch.where(x == -torch.inf, 0.0, x)
         if lse_coef is not None:
             rows = lse_coef * rows - _rest(scale, lse_coef, pos_coef) * pos
         ctx.bound, ctx.reduce, ctx.ranks, ctx.name = bound, reduce, ranks, name
-        ctx.dtype = x1.dtype
+        ctx.dtype, ctx.positive_counts = x1.dtype, positive_counts
         loss = rows
         if reduce:
             loss = rows.sum()
@@ -70,7 +71,7 @@ class TwoViewLoss(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor):
         with torch.no_grad():
             grads = _two_view_backward(ctx, grad)
-        return *refuse_double_backward(ctx.name, ctx.saved_tensors[-1], *grads), None, None, None, None, None
+        return *refuse_double_backward(ctx.name, ctx.saved_tensors[-1], (grad,), *grads), *[None] * 6
 
 
 def _log1p_exp(x: Tensor) -> Tensor:
@@ -97,22 +98,33 @@ def upstream_weights(grad: Tensor, reduce: bool, ranks: Ranks | None):
     return peak, grad / peak, None if ranks is None else w_columns / peak
 
 
+def shared_weights(grads: list[Tensor], ranks: Ranks | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(peak, of this rank, of all ranks): upstream gradients [n] as a number times weights in [-1, 1]. One exchange."""
+    mine = torch.stack(grads, 1)
+    every = mine if ranks is None else ranks.gather_rows(mine)
+    peak = every.abs().amax() if every.numel() else every.new_ones(())
+    peak = torch.where(peak == 0, torch.ones_like(peak), peak)
+    return peak, *[list((x / peak).T.contiguous().unbind(0)) for x in (mine, every)]
+
+
 def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
     z, columns, rnorm, pos, x, scale, lse_coef, pos_coef, _ = ctx.saved_tensors
     ranks: Ranks | None = ctx.ranks
     grad, w, w_columns = upstream_weights(grad, ctx.reduce, ranks)
-    softplus = _log1p_exp(x)
-    lse = scale * pos + softplus
+    # The log-sum-exp that divides the row's weights, and of the positive: 1 - p, as the share of the negatives.
+    if ctx.positive_counts:
+        lse, share = scale * pos + _log1p_exp(x), torch.sigmoid(x)
+    else:
+        lse, share = scale * pos + x, (x != -torch.inf).to(x.dtype)
     # float32 over the wire: half a unit in its last place is what ranks may differ by.
     lse_columns = None if ranks is None else ranks.gather_vector(lse.to(scale.dtype))
     offset = 0 if ranks is None else ranks.first_row
     grad_lse = ops.lse_backward(
         z, columns, scale, ctx.bound, offset, z.shape[0] // 2, lse, lse_columns, w, w_columns
-    )
-    # Of the positive: 1 - p, as the share of the negatives.
+    )[0]
     lse_grad = grad if lse_coef is None else grad * lse_coef
     pull_grad = lse_grad * scale
-    share = torch.sigmoid(x) if w is None else w * torch.sigmoid(x)
+    share = share if w is None else w * share
     pull = pull_grad * share
     if lse_coef is not None:
         pull = pull + grad * _rest(scale, lse_coef, pos_coef) * (1.0 if w is None else w)

@@ -83,5 +83,5 @@ class SlicedWasserstein(torch.autograd.Function):
                 if ctx.reduce:
                     weight = weight * ctx.ranks.grad_factor
             dz = grad.T @ (weight * projections) if ctx.reduce else (grad.T @ projections).mul_(weight[:, None])
-        (dz,) = refuse_double_backward(ctx.name, rows, dz)
+        (dz,) = refuse_double_backward(ctx.name, rows, (grad_loss,), dz)
         return dz, None, None, None, None, None

@@ -139,13 +139,13 @@ def uniformity_loss(
     dtype = ops.product_dtype(z, unit=True) if normalize else rows.dtype
     scale = torch.full((), 2 * t, dtype=rows.dtype, device=z.device)
     bound = 2 * t if normalize else -1.0
-    total = RowLogSumExp.apply(rows, scale, dtype, bound, not normalize, True, batch.ranks, name)
+    total = RowLogSumExp.apply(rows, scale, None, "keep", dtype, bound, not normalize, True, batch.ranks, name)
     if normalize:
-        total = torch.logaddexp(total - 2 * t, _of_zero_rows(rows.detach(), t, batch))
+        total = torch.logaddexp(total - 2 * t, of_zero_rows(rows.detach(), t, batch))
     return (total - pairs).to(rows.dtype)
 
 
-def _of_zero_rows(z: Tensor, t: float, batch: Batch) -> Tensor:
+def of_zero_rows(z: Tensor, t: float, batch: Batch) -> Tensor:
     """log of what the pairs with rows of length 0 miss where all rows count as unit rows: t ||z_i - z_j||^2 is t with
     one such row and 0 with two, not 2t. Without any it is -inf."""
     zeros = (z.square().sum(1) < 0.5).sum().double()

@@ -29,19 +29,20 @@ def open_batch(
     views: int = 1,
     least: int = 1,
     seed: Callable[[], int] = lambda: 0,
+    number: str = "temperature",
 ) -> Batch:
     """Check the arguments, here or on all ranks together, and count the rows: `views` for each row of the tensor.
 
-    `check` raises or returns (tensor of rows, temperature); `settings` are what all ranks must pass alike;
-    `seed` draws the number of which the first rank's is that of all; `argument` and `least` are for the message about
-    too few rows.
+    `check` raises or returns (tensor of rows, temperature or the `number` in its place); `settings` are what all ranks
+    must pass alike; `seed` draws the number of which the first rank's is that of all; `argument` and `least` are for
+    the message about too few rows.
     """
     process_group = distributed.resolve_group(name, group)
     if process_group is None:
         x, _ = check()
         ranks, total, where = None, views * x.shape[0], ""
     else:
-        ranks = distributed.agree(name, process_group, check, settings, views, seed)
+        ranks = distributed.agree(name, process_group, check, settings, views, seed, number)
         total, where = sum(ranks.counts), " over all ranks"
     if total < least:
         rows = "one row" if least == 1 else f"{least} rows"
@@ -49,12 +50,32 @@ def open_batch(
     return Batch(ranks, total)
 
 
-def scale_of(temperature: float | Tensor, x: Tensor) -> Tensor:
-    """1 / temperature as a tensor beside x, in the dtype that losses calculate in."""
+def shape_of(x: object) -> object:
+    """Of a tensor that all ranks hold: what they can compare without looking at its data."""
+    return list(x.shape) if isinstance(x, Tensor) and not x.is_nested else x
+
+
+def needs_grad(*tensors: object) -> list[object]:
+    """Which of them require grad, which decides what the backward exchanges."""
+    return [getattr(x, "requires_grad", None) for x in tensors]
+
+
+def beside(number: float | Tensor, x: Tensor) -> Tensor:
+    """A number or one-element tensor as a tensor [] beside x, in the dtype that losses calculate in."""
     dtype = compute_dtype(x.dtype)
+    if not isinstance(number, Tensor):
+        return torch.full((), number, dtype=dtype, device=x.device)
+    return number.reshape(()).to(x.device, dtype)
+
+
+def scale_of(temperature: float | Tensor, x: Tensor) -> Tensor:
+    """1 / temperature beside x."""
     if not isinstance(temperature, Tensor):
-        return torch.full((), 1 / temperature, dtype=dtype, device=x.device)
-    scale = temperature.reshape(()).to(x.device, dtype).reciprocal()
+        return beside(1 / temperature, x)
+    return checked_scale(beside(temperature, x).reciprocal())
+
+
+def checked_scale(scale: Tensor) -> Tensor:
     # Where the value could not be checked without waiting for the device, a bad one gives NaN.
     return torch.where((scale > 0) & scale.isfinite(), scale, torch.nan)
 
@@ -62,6 +83,20 @@ def scale_of(temperature: float | Tensor, x: Tensor) -> Tensor:
 def product_bound(temperature: float | Tensor, normalize: bool) -> float:
     """A bound on |<z_i, z_j>| / temperature that the host knows, or -1."""
     return 1 / temperature if normalize and not isinstance(temperature, Tensor) else -1.0
+
+
+def scale_bound(logit_scale: float | Tensor, normalize: bool) -> float:
+    """The same of logits multiplied by logit_scale."""
+    return float(logit_scale) if normalize and not isinstance(logit_scale, Tensor) else -1.0
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact at both ends (torch's cuts off at 20, which float64 can see).
+
+    Of x = log-sum-exp of the negatives - positive it is the cross entropy of the positive against all of them: no
+    difference of two nearly equal numbers, and 0 with zero gradient where there is no negative.
+    """
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def reduce_rows(rows: Tensor, reduction: str, batch: Batch) -> Tensor:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("mean", "sum", "none")
 GRAD_REDUCTIONS = ("mean", "sum")
 EXCHANGES = ("gather",)
+FORMS = ("out", "in")
 # Its reciprocal is a float32 number.
 SMALLEST = 1e-38
 # It and its double are.
@@ -35,24 +37,31 @@ def flag(name: str, argument: str, value: object) -> None:
 
 def options(
     name: str, *, normalize: object, reduction: object, grad_reduction: object, exchange: object,
-    by_prior: bool = False,
+    by_prior: bool = False, form: object = "out", in_batch: object = None,
 ) -> None:  # fmt: skip
-    """The keyword arguments that all losses share, less the group. With by_prior, normalize=None leaves it to the
-    prior."""
+    """The keyword arguments that all losses share, less the group, and those of single losses that need no tensor to be
+    checked. With by_prior, normalize=None leaves it to the prior."""
     if not (by_prior and normalize is None):
         flag(name, "normalize", normalize)
     one_of(name, "reduction", reduction, REDUCTIONS)
     one_of(name, "grad_reduction", grad_reduction, GRAD_REDUCTIONS)
     one_of(name, "exchange", exchange, EXCHANGES)
+    one_of(name, "form", form, FORMS)
+    if in_batch is not None:
+        flag(name, "in_batch", in_batch)
+
+
+def dense(name: str, argument: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got {kind}")
 
 
 def floating(name: str, argument: str, x: object) -> None:
     """x is a dense floating tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
-        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise TypeError(f"{name}: {argument} must be a dense tensor, got {kind}")
+    dense(name, argument, x)
     if x.dtype not in FLOATING:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"{name}: {argument} must be one of {expected}, got {x.dtype}")
@@ -67,18 +76,86 @@ def rows(name: str, argument: str, x: object) -> None:
         raise ValueError(f"{name}: {argument} must have D of at least 1, got shape {list(x.shape)}")
 
 
-def pair(name: str, z1: object, z2: object) -> None:
+def row_groups(name: str, argument: str, x: object) -> Tensor:
+    """x is a floating tensor of rows [M, D] or of groups of rows [N, V, D]: its rows."""
+    floating(name, argument, x)
+    if x.ndim not in (2, 3) or 0 in x.shape[1:]:
+        expected = "shape [M, D] or [N, V, D], V and D of at least 1"
+        raise ValueError(f"{name}: {argument} must have {expected}, got {list(x.shape)}")
+    return x.reshape(-1, x.shape[-1])
+
+
+def view_list(name: str, views: object) -> None:
+    """views is a list of two or more rows [N, D] that fit together."""
+    if not isinstance(views, (list, tuple)):
+        raise TypeError(f"{name}: views must be a list of tensors, got {type(views).__name__}")
+    if len(views) < 2:
+        raise ValueError(f"{name}: views must be at least two, got {len(views)}")
+    for number, view in enumerate(views[1:], 2):
+        pair(name, views[0], view, ("view 1", f"view {number}"))
+
+
+def pair(name: str, z1: object, z2: object, arguments: tuple[str, str] = ("z1", "z2")) -> None:
     """z1 and z2 are two views [N, D] of the same shape, dtype and device. N = 0 passes: a rank may be empty."""
-    rows(name, "z1", z1)
-    rows(name, "z2", z2)
+    rows(name, arguments[0], z1)
+    rows(name, arguments[1], z2)
+    both = " and ".join(arguments)
     if z1.shape != z2.shape:
         raise ValueError(
-            f"{name}: z1 and z2 must have the same shape [N, D], got {list(z1.shape)} and {list(z2.shape)}"
+            f"{name}: {both} must have the same shape [N, D], got {list(z1.shape)} and {list(z2.shape)}"
         )
     if z1.dtype != z2.dtype:
-        raise TypeError(f"{name}: z1 and z2 must have the same dtype, got {z1.dtype} and {z2.dtype}")
+        raise TypeError(f"{name}: {both} must have the same dtype, got {z1.dtype} and {z2.dtype}")
     if z1.device != z2.device:
-        raise ValueError(f"{name}: z1 and z2 must be on the same device, got {z1.device} and {z2.device}")
+        raise ValueError(f"{name}: {both} must be on the same device, got {z1.device} and {z2.device}")
+
+
+def integers(name: str, argument: str, x: object, shape: Sequence[object], device: torch.device) -> None:
+    """x is a dense integer tensor on this device, of this shape; a name in place of a size stands for any."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be an integer tensor, got {type(x).__name__}")
+    dense(name, argument, x)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name}: {argument} must be an integer tensor, got {x.dtype}")
+    fits = x.ndim == len(shape) and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
+    if not fits:
+        expected = ", ".join(str(n) for n in shape)
+        raise ValueError(f"{name}: {argument} must have shape [{expected}], got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name}: {argument} must be on {device}, got {x.device}")
+
+
+def same_length(name: str, argument: str, x: Tensor, z: Tensor) -> None:
+    """x has one entry for each row of z, and is on its device."""
+    if list(x.shape) != [z.shape[0]]:
+        raise ValueError(f"{name}: {argument} must have shape [{z.shape[0]}], one for each row, got {list(x.shape)}")
+    if x.device != z.device:
+        raise ValueError(f"{name}: {argument} must be on {z.device}, got {x.device}")
+
+
+def indices(name: str, argument: str, x: Tensor, length: int) -> None:
+    """The values of x are places in a table of this length. Those of a CUDA tensor are not read."""
+    if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+        low, high = (value.item() for value in x.aminmax())
+        if low < 0 or high >= length:
+            raise ValueError(f"{name}: {argument} must be from 0 to {length - 1}, got {low} to {high}")
+
+
+def scalar(name: str, argument: str, value: object, device: torch.device) -> None:
+    """A finite number, or a one-element floating tensor on this device."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: {argument} must be a number or a one-element tensor, got {type(value).__name__}")
+        if not abs(value) <= LARGEST:
+            raise ValueError(f"{name}: {argument} must be finite, got {value}")
+        return
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: {argument} must be a floating tensor, got {value.dtype}")
+    dense(name, argument, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name}: {argument} must have one element, got shape {list(value.shape)}")
+    if value.device != device and not (value.device.type == "cpu" and value.ndim == 0):
+        raise ValueError(f"{name}: {argument} must be on {device}, got {value.device}")
 
 
 def matrix_like(name: str, argument: str, x: object, z: Tensor) -> None:
@@ -141,7 +218,9 @@ def constant(name: str, argument: str, value: object) -> float:
     return float(value)
 
 
-def positive(name: str, argument: str, value: object, device: torch.device) -> None:
+def positive(
+    name: str, argument: str, value: object, device: torch.device, *, largest: float = sys.float_info.max
+) -> None:
     """A positive finite number, or a one-element floating tensor of one.
 
     The value of a CUDA tensor is not read: that would wait for the device. A bad one there gives a NaN loss.
@@ -149,8 +228,7 @@ def positive(name: str, argument: str, value: object, device: torch.device) -> N
     if isinstance(value, Tensor):
         if value.dtype not in FLOATING:
             raise TypeError(f"{name}: {argument} must be a floating tensor, got {value.dtype}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: {argument} must be a dense tensor, got layout {value.layout}")
+        dense(name, argument, value)
         if value.numel() != 1:
             raise ValueError(f"{name}: {argument} must have one element, got shape {list(value.shape)}")
         if value.device != device and not (value.device.type == "cpu" and value.ndim == 0):
@@ -163,5 +241,22 @@ def positive(name: str, argument: str, value: object, device: torch.device) -> N
     # Not math.isfinite, which raises on integers beyond the range of a float.
     if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}: {argument} must be positive and finite, got {value}")
-    if value < SMALLEST:
-        raise ValueError(f"{name}: {argument} must be at least {SMALLEST}, got {value}")
+    if not SMALLEST <= value <= largest:
+        bound = f"at least {SMALLEST}" if value < SMALLEST else f"at most {largest}"
+        raise ValueError(f"{name}: {argument} must be {bound}, got {value}")
+
+
+def negatives(name: str, query: Tensor, rows: object, in_batch: object, chosen: object) -> None:
+    """The negatives of InfoNCE: rows for all queries, the keys of the batch, or chosen rows for each query."""
+    if rows is None:
+        if in_batch is False or chosen is not None:
+            raise ValueError(f"{name}: negatives must be given with in_batch=False or negative_indices, got None")
+        return
+    matrix_like(name, "negatives", rows, query)
+    if chosen is not None:
+        integers(name, "negative_indices", chosen, [query.shape[0], "m"], query.device)
+        if chosen.shape[1] == 0:
+            raise ValueError(f"{name}: negative_indices must have m of at least 1, got shape {list(chosen.shape)}")
+        indices(name, "negative_indices", chosen, rows.shape[0])
+        if rows.requires_grad:
+            raise ValueError(f"{name}: negatives must not require grad with negative_indices, got a tensor that does")

@@ -19,6 +19,12 @@ def check_prior(name: str, prior: object) -> None:
     checks.one_of(name, "prior", prior, PRIORS)
 
 
+def seed(generator: torch.Generator | None) -> int:
+    """A number from the generator, to draw the same on all ranks."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), device=device, generator=generator))
+
+
 def prior_samples(prior: str, count: int, d: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """[count, d]: standard normal; uniform in (-1, 1)^d; or uniform on the unit sphere."""
     samples = like.new_empty((count, d))

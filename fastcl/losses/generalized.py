@@ -124,7 +124,9 @@ def _lse_rows(name: str, z: Tensor, temperature: float | Tensor, unit: bool, bat
     """log sum_k exp(<z_i, z_k> / temperature) - log D of this rank's rows."""
     rows = loss_rows(name, z, unit)
     scale, bound = scale_of(temperature, z), product_bound(temperature, unit)
-    others = RowLogSumExp.apply(rows, scale, ops.product_dtype(z, unit), bound, False, False, batch.ranks, name)
+    others = RowLogSumExp.apply(
+        rows, scale, None, "keep", ops.product_dtype(z, unit), bound, False, False, batch.ranks, name
+    )
     return (torch.logaddexp(others, scale * rows.square().sum(1).double()) - math.log(z.shape[1])).to(rows.dtype)
 
 

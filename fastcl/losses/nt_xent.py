@@ -10,13 +10,9 @@ in the denominator, self does not.
 
 from __future__ import annotations
 
-import math
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from . import checks
-from .module import LossModule
+from .module import TemperatureLoss
 from .two_view import two_view_loss
 
 
@@ -82,7 +78,7 @@ def _coefficients(scale: Tensor) -> tuple[None, None]:
     return None, None
 
 
-class NTXentLoss(LossModule):
+class NTXentLoss(TemperatureLoss, function=nt_xent):
     """`nt_xent` as a module: see there for the arguments.
 
     With learnable_temperature=True the temperature is a parameter, kept as its logarithm so that no step of an
@@ -96,38 +92,3 @@ class NTXentLoss(LossModule):
         >>> criterion
         NTXentLoss(temperature=0.2)
     """
-
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        *,
-        learnable_temperature: bool = False,
-        normalize: bool = True,
-        reduction: str = "mean",
-        group=None,
-        grad_reduction: str = "mean",
-        exchange: str = "gather",
-    ):
-        super().__init__(
-            nt_xent,
-            normalize=normalize, reduction=reduction, group=group, grad_reduction=grad_reduction, exchange=exchange,
-        )  # fmt: skip
-        self._temperature = checks.constant("NTXentLoss", "temperature", temperature)
-        checks.flag("NTXentLoss", "learnable_temperature", learnable_temperature)
-        self.log_temperature = None
-        if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(self._temperature)))
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The temperature in use: a number, or a tensor that requires grad where it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
-
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.temperature, **self.settings)
-
-    def extra_repr(self) -> str:
-        shown = [f"temperature={torch.as_tensor(self.temperature).item():.4g}"]
-        if self.log_temperature is not None:
-            shown.append("learnable_temperature=True")
-        return ", ".join([*shown, *self.changed_settings()])

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ops.rows import loss_rows
 from ..ops.sorting import SlicedWasserstein
 from . import checks, draws
-from .batch import Batch, open_batch
+from .batch import Batch, open_batch, shape_of
 from .module import LossModule
 
 
@@ -135,12 +135,11 @@ class Draw(NamedTuple):
     def settings(self) -> dict[str, object]:
         """What all ranks must pass alike, as far as that can be told without looking at the data."""
         tensors = ("prior", "prior_samples", "projections")
-        return {key: _shape(getattr(self, key)) for key in tensors} | {"num_projections": self.num_projections}
+        return {key: shape_of(getattr(self, key)) for key in tensors} | {"num_projections": self.num_projections}
 
     def seed(self) -> int:
         """A number from the generator, to draw the same on all ranks."""
-        device = "cpu" if self.generator is None else self.generator.device
-        return int(torch.randint(2**63 - 1, (), device=device, generator=self.generator))
+        return draws.seed(self.generator)
 
     def samples_and_directions(self, z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """[K, d] and [P, d], in the dtype of z and without gradient."""
@@ -153,10 +152,6 @@ class Draw(NamedTuple):
         if samples is None:
             samples = draws.prior_samples(self.prior, batch.total, d, z, generator)
         return samples.detach().to(z.dtype), directions.detach().to(z.dtype)
-
-
-def _shape(x: object) -> object:
-    return f"shape {list(x.shape)}" if isinstance(x, Tensor) else x
 
 
 def sliced_wasserstein(name: str, z: Tensor, draw: Draw, reduce: bool, batch: Batch) -> Tensor:

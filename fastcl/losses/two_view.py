@@ -23,30 +23,35 @@ def two_view_loss(
     *,
     check: Callable[[], None] = lambda: None,
     settings: Mapping[str, object] = MappingProxyType({}),
+    arguments: tuple[str, str] = ("z1", "z2"),
+    positive_counts: bool = True,
     normalize: bool,
     reduction: str,
     group,
     grad_reduction: str,
     exchange: str,
 ) -> Tensor:
-    """The loss of ops.similarity.TwoViewLoss with (lse_coef, pos_coef) = coefficients(1 / temperature).
+    """The loss of ops.similarity.TwoViewLoss with (lse_coef, pos_coef) = coefficients(1 / temperature); the positive
+    is one of the columns of its row's sum, or (positive_counts=False) is not.
 
-    `check` and `settings` are for arguments that this loss has beside the shared ones.
+    `check` and `settings` are for arguments that this loss has beside the shared ones, `arguments` what messages call
+    z1 and z2.
     """
     shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
 
     def check_all():
         checks.options(name, **shared, exchange=exchange)
-        checks.pair(name, z1, z2)
+        checks.pair(name, z1, z2, arguments)
         checks.positive(name, "temperature", temperature, z1.device)
         check()
         return z1, temperature
 
-    ranks, total = open_batch(name, group, check_all, {**shared, **settings}, argument="z1 and z2", views=2)
+    both = " and ".join(arguments)
+    ranks, total = open_batch(name, group, check_all, {**shared, **settings}, argument=both, views=2)
     scale, bound = scale_of(temperature, z1), product_bound(temperature, normalize)
     lse_coef, pos_coef = coefficients(scale)
     loss = TwoViewLoss.apply(
-        z1, z2, scale, lse_coef, pos_coef, bound, normalize, reduction != "none", ranks, name
+        z1, z2, scale, lse_coef, pos_coef, positive_counts, bound, normalize, reduction != "none", ranks, name
     )
     # A copy: the caller may change it in place, and the backward keeps the original.
     return loss / total if reduction == "mean" else loss.clone()

@@ -21,7 +21,7 @@ demo-seeds: .venv/.examples .venv/.fastcl ## the demo with three seeds, and the 
 demo-losses: .venv/.examples .venv/.fastcl ## the demo with every loss, side by side in results/demo-losses/losses.md
 	$(PY) examples/demo.py --out results/demo-losses --losses
 
-test: .venv/.examples .venv/.fastcl ## run the tests, list the skipped ones with reasons
+test: .venv/.peers .venv/.fastcl ## run the tests, list the skipped ones with reasons
 	$(PY) -m pytest tests -rs
 
 test-aot: .venv/.fastcl ## compile the whole launch table, and csrc/cuda by nvcc, for sm_80, sm_90 and sm_100
@@ -29,9 +29,9 @@ test-aot: .venv/.fastcl ## compile the whole launch table, and csrc/cuda by nvcc
 	if command -v nvcc > /dev/null; then $(PY) tests/cuda_report.py; else echo "no nvcc: csrc/cuda is not compiled"; fi
 
 test-floor: .venv-floor/.ready ## kernel tests with the oldest Triton that is supported
-	.venv-floor/bin/python -m pytest tests/test_kernels*.py -rs
+	.venv-floor/bin/python -m pytest tests/test_*kernels*.py -rs
 
-mutants: .venv/.examples .venv/.fastcl ## break the library on purpose, one patch at a time: each must turn a test red
+mutants: .venv/.peers .venv/.fastcl ## break the library on purpose, one patch at a time: each must turn a test red
 	$(PY) tests/mutants/run.py
 
 bench: .venv/.bench .venv/.fastcl ## CPU benchmarks against eager PyTorch
@@ -56,6 +56,12 @@ clean: ## remove environments, builds and results
 .venv/.examples: .venv/.base
 	$(PY) $(PIP) -c constraints.txt pillow pyyaml safetensors scikit-learn matplotlib tqdm
 	$(PY) $(PIP) -c constraints.txt --no-deps torchvision timm
+	touch $@
+
+# What the drop-in losses are compared with: about 90 MB, most of it transformers, of which few files are ever compiled.
+.venv/.peers: .venv/.examples
+	$(PY) $(PIP) -c constraints.txt --no-deps --no-compile lightly open_clip_torch pytorch-metric-learning \
+		sentence-transformers transformers tokenizers regex huggingface_hub httpx2 httpcore2 h11 idna truststore
 	touch $@
 
 .venv/.bench: .venv/.examples

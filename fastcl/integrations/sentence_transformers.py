@@ -1,0 +1,118 @@
+"""`MultipleNegativesRankingLoss` of sentence_transformers, without its matrices of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed import resolve_group
+from ..losses import checks
+from ..losses.clip import clip_loss
+from ..losses.info_nce import info_nce
+
+NAME = "MultipleNegativesRankingLoss"
+# Whether rows are normalised, by the name of the similarity function.
+SIMILARITIES = {"cos_sim": True, "pytorch_cos_sim": True, "dot_score": False}
+FORWARD, SYMMETRIC = {"query_to_doc"}, {"query_to_doc", "doc_to_query"}
+
+
+class MultipleNegativesRankingLoss(nn.Module):
+    """`MultipleNegativesRankingLoss` of sentence_transformers, by `info_nce` and `clip_loss`.
+
+    L = mean_i [ log sum_d exp(scale sim(q_i, d)) - scale sim(q_i, d_i) ], d over the positives and the hard negatives
+    of all rows. With directions=("query_to_doc", "doc_to_query") and partition_mode="per_direction" it is the mean of
+    that and of the same of d_i against all queries.
+
+    Migration: `from fastcl.integrations.sentence_transformers import MultipleNegativesRankingLoss` in place of
+    `from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss`. It takes the place of
+    `CachedMultipleNegativesRankingLoss` too where that was chosen for the matrix of scores: value and gradients of the
+    embeddings are the same. The activations of the model, which that one recomputes, are kept here.
+
+    The same: arguments, value and gradient. Each column is embedded by a call of the model.
+
+    On purpose different: memory is that of the embeddings. With gather_across_devices=True every rank returns the loss
+    of the global batch, not of its own rows; gradients are, as in the original, those of the global batch after
+    DistributedDataParallel's averaging. Other directions, and hardness_mode, are refused.
+
+    Args:
+        model: called with the features of a column, returns them with "sentence_embedding" [N, D].
+        scale: positive number, 1 / temperature.
+        similarity_fct: `cos_sim` or `dot_score` of sentence_transformers, or its name.
+        gather_across_devices: over all ranks of the default process group; otherwise this process alone.
+        directions, partition_mode: as above.
+        hardness_mode, hardness_strength: None, and without effect.
+
+    Example:
+        >>> import torch
+        >>> from fastcl.integrations.sentence_transformers import MultipleNegativesRankingLoss
+        >>> class Model(torch.nn.Linear):
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": super().forward(features["input"])}
+        >>> criterion = MultipleNegativesRankingLoss(Model(16, 8))
+        >>> anchor, positive, negative = ({"input": torch.randn(4, 16)} for _ in range(3))
+        >>> criterion([anchor, positive, negative], labels=None).backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | str = "cos_sim",
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: None = None,
+        hardness_strength: float = 0.0,
+    ):
+        super().__init__()
+        self.scale = checks.constant(NAME, "scale", scale)
+        self.similarity = similarity_fct if isinstance(similarity_fct, str) else getattr(similarity_fct, "__name__", "")
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"{NAME}: similarity_fct must be cos_sim or dot_score, got {similarity_fct!r}")
+        checks.flag(NAME, "gather_across_devices", gather_across_devices)
+        checks.one_of(NAME, "partition_mode", partition_mode, ("joint", "per_direction"))
+        self.symmetric = set(directions) == SYMMETRIC and partition_mode == "per_direction"
+        if set(directions) != FORWARD and not self.symmetric:
+            expected = '("query_to_doc",), or ("query_to_doc", "doc_to_query") with partition_mode="per_direction"'
+            raise ValueError(f'{NAME}: directions must be {expected}, got {directions!r} with "{partition_mode}"')
+        if hardness_mode is not None:
+            raise ValueError(f"{NAME}: hardness_mode must be None, got {hardness_mode!r}")
+        self.model, self.gather_across_devices = model, gather_across_devices
+        self.directions, self.partition_mode = tuple(directions), partition_mode
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        return self.compute_loss_from_embeddings(embeddings, labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of the columns: queries, their positives, and hard negatives in any number of columns."""
+        if len(embeddings) < 2:
+            raise ValueError(f"{NAME}: embeddings must be two or more columns, got {len(embeddings)}")
+        queries, positives, *hard = embeddings
+        group = None if self.gather_across_devices else "local"
+        options = {"normalize": SIMILARITIES[self.similarity], "group": group}
+        if self.symmetric and not hard:
+            return clip_loss(queries, positives, self.scale, **options)
+        negatives = torch.cat(hard) if hard else None
+        if hard and resolve_group(NAME, group) is not None:
+            # Its backward adds up the gradients of all ranks.
+            negatives = torch.cat(dist.nn.functional.all_gather(negatives))
+        temperature = 1 / self.scale
+        loss = info_nce(queries, positives, negatives, temperature, in_batch=True, **options)
+        if self.symmetric:
+            loss = (loss + info_nce(positives, queries, None, temperature, **options)) / 2
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the trainer writes into a model card."""
+        return {
+            "scale": self.scale,
+            "similarity_fct": self.similarity,
+            "gather_across_devices": self.gather_across_devices,
+            "directions": self.directions,
+            "partition_mode": self.partition_mode,
+        }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import compare, compare_swd, memory
+from benchmarks import compare, compare_pairs, compare_swd, memory
 
-ROWS, SWD_ROWS = pytest.StashKey[list](), pytest.StashKey[list]()
+ROWS, SWD_ROWS, PAIR_ROWS = (pytest.StashKey[list]() for _ in range(3))
 
 
 def pytest_configure(config):
-    config.stash[ROWS], config.stash[SWD_ROWS] = [], []
+    for key in (ROWS, SWD_ROWS, PAIR_ROWS):
+        config.stash[key] = []
 
 
 @pytest.fixture
@@ -23,6 +24,12 @@ def rows(request) -> list[dict]:
 def swd_rows(request) -> list[dict]:
     """The rows of the closing table of the sorts."""
     return request.config.stash[SWD_ROWS]
+
+
+@pytest.fixture
+def pair_rows(request) -> list[dict]:
+    """The rows of the closing table of CLIP and the others."""
+    return request.config.stash[PAIR_ROWS]
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +45,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.stash[SWD_ROWS]:
         terminalreporter.section("sorts and swd_loss against plain PyTorch and POT, interleaved")
         terminalreporter.write_line(compare_swd.markdown(config.stash[SWD_ROWS]))
+    if config.stash[PAIR_ROWS]:
+        terminalreporter.section("CLIP, SigLIP, InfoNCE with a queue and SupCon against plain PyTorch, interleaved")
+        terminalreporter.write_line(compare_pairs.markdown(config.stash[PAIR_ROWS]))

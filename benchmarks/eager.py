@@ -1,7 +1,7 @@
 """The losses as they are usually written in plain PyTorch: the other side of every comparison.
 
 Written to be as fast as these forms get (one fused cross entropy, the diagonal filled in place; sorts along the
-contiguous dimension), so that the ratio is not flattered. NT-Xent builds the [M, M] matrix of similarities; the
+contiguous dimension), so that the ratio is not flattered. What compares rows builds the matrix of similarities; the
 sliced Wasserstein distance builds sorted copies and int64 indices of the [P, N] projections.
 """
 
@@ -21,6 +21,36 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     logits.fill_diagonal_(float("-inf"))
     target = torch.arange(z.shape[0], device=z.device).roll(z1.shape[0])
     return F.cross_entropy(logits, target)
+
+
+def clip(image: Tensor, text: Tensor, logit_scale: float) -> Tensor:
+    """Both directions from one matrix of logits."""
+    logits = logit_scale * image @ text.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def siglip(image: Tensor, text: Tensor, logit_scale: float, logit_bias: float) -> Tensor:
+    logits = logit_scale * image @ text.T + logit_bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def queue_info_nce(query: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """As MoCo writes it: one column for the positive, one for every row of the queue."""
+    positive = (query * keys).sum(1, keepdim=True)
+    logits = torch.cat([positive, query @ queue.T], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+
+
+def supcon(features: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    z = F.normalize(features, dim=1)
+    logits = z @ z.T / temperature
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels[None, :]) & ~own
+    log_p = logits - logits.masked_fill(own, float("-inf")).logsumexp(1, keepdim=True)
+    count = positive.sum(1)
+    return -((log_p * positive).sum(1) / count.clamp(min=1))[count > 0].mean()
 
 
 def wasserstein_1d(x: Tensor, y: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py --out benchmarks/results
 
-Writes <out>/<name of the GPU>/nt_xent.json, nt_xent.md, nt_xent.png, swd.json, swd.md and tests.txt. Each phase
-runs in processes of its own and has its share of the wall clock, so a hang or a crash costs that phase alone, and
-what was measured before it is kept. Exit status: 0 everything passed, 1 something did not, 2 there is no CUDA device.
-Targets that are missed are reported and do not change the status.
+Writes <out>/<name of the GPU>/nt_xent.json, nt_xent.md, nt_xent.png, swd.json, swd.md, pairs.json, pairs.md and
+tests.txt. Each phase runs in processes of its own and has its share of the wall clock, so a hang or a crash costs that
+phase alone, and what was measured before it is kept. Exit status: 0 everything passed, 1 something did not, 2 there is
+no CUDA device. Targets that are missed are reported and do not change the status.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import gpu_report, gpu_swd_report, report
+from benchmarks import gpu_pairs_report, gpu_report, gpu_swd_report, report
 
 HERE = Path(__file__).resolve().parent
 # Shares of the wall clock. What a phase leaves over goes to those after it.
-SHARES = {"tests": 0.36, "selftest": 0.12, "cases": 0.22, "swd": 0.14, "tune": 0.16}
+SHARES = {"tests": 0.35, "selftest": 0.10, "cases": 0.18, "swd": 0.11, "pairs": 0.13, "tune": 0.13}
 # A process that was asked to end gets this long to write its summary.
 GRACE = 15.0
 # One case of the benchmark takes a few seconds, one that compiles perhaps a minute: after this it hangs.
@@ -99,15 +99,20 @@ def junit(path: Path) -> tuple[dict, list[str]]:
     return counts, failures
 
 
+def kernel_tests() -> list[str]:
+    """The files of kernel tests, which run on the GPU where there is one."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*kernels*.py"))
+
+
 def run_tests(results: dict, folder: Path, work: Path, seconds: float) -> None:
-    """Tests that need a GPU, then the kernel tests, which run on the GPU where there is one."""
+    """Tests that need a GPU, then the kernel tests."""
     log = folder / "tests.txt"
     # Compiling kernels fills most of the time, and is done on all cores this way.
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
-    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels*.py"))
     end = time.monotonic() + seconds
-    for number, (share, selection) in enumerate(((0.6, ["tests", "-m", "gpu"]), (1.0, [*kernels, "-m", "not gpu"]))):
+    selections = ((0.6, ["tests", "-m", "gpu"]), (1.0, [*kernel_tests(), "-m", "not gpu"]))
+    for number, (share, selection) in enumerate(selections):
         summary = work / f"tests-{number}.xml"
         command = [sys.executable, "-m", "pytest", *selection, "-v", "-rs", "--tb=short", "-p", "no:cacheprovider"]
         limit = max(1.0, share * (end - time.monotonic()) - GRACE)
@@ -236,6 +241,14 @@ def save(results: dict, folder: Path, name: str = "nt_xent", write=gpu_report.wr
         report.write_json(folder / f"{name}.json", results)
 
 
+def run_pairs(results: dict, folder: Path, work: Path, seconds: float) -> None:
+    """The benchmark of the losses of pairs, and its report."""
+    try:
+        run_cases("gpu_pairs.py", results, work, seconds)
+    finally:
+        save(results, folder, "pairs", gpu_pairs_report.write)
+
+
 def run_phases(results: dict, swd: dict, folder: Path, seconds: float, phases: dict) -> None:
     """Each phase within its share; a report after each of them."""
     end = time.monotonic() + seconds - REPORT_SECONDS
@@ -260,7 +273,7 @@ def run_phases(results: dict, swd: dict, folder: Path, seconds: float, phases: d
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of results")
-    parser.add_argument("--seconds", type=float, default=420.0, help="wall clock for everything")
+    parser.add_argument("--seconds", type=float, default=480.0, help="wall clock for everything")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"gpu.py: expected a CUDA device, got none (torch {torch.__version__})", file=sys.stderr)
@@ -273,8 +286,9 @@ def main() -> int:
     (folder / "tests.txt").write_text("")
     results: dict = {"name": name, "passed": False, "seconds": {}, "tests": [], "cases": [], "tune": {}, "problems": []}
     swd: dict = {"name": name, "passed": False, "cases": [], "problems": []}
+    pairs: dict = {"name": name, "passed": False, "cases": [], "problems": []}
     try:
-        results["versions"] = swd["versions"] = report.versions()
+        results["versions"] = swd["versions"] = pairs["versions"] = report.versions()
     except Exception:
         results["problems"].append(traceback.format_exc())
     work = Path(tempfile.mkdtemp())
@@ -284,13 +298,14 @@ def main() -> int:
             "selftest": lambda limit: run_selftest(results, folder, work, limit),
             "cases": lambda limit: run_cases("gpu_cases.py", results, work, limit),
             "swd": lambda limit: run_cases("gpu_swd.py", swd, work, limit),
+            "pairs": lambda limit: run_pairs(pairs, folder, work, limit),
             "tune": lambda limit: run_tune(results, work, limit),
         })  # fmt: skip
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(gpu_report.markdown(results), gpu_swd_report.markdown(swd), sep="\n")
+    print(gpu_report.markdown(results), gpu_swd_report.markdown(swd), gpu_pairs_report.markdown(pairs), sep="\n")
     print(f"written to {folder}")
-    return 0 if results["passed"] and swd["passed"] else 1
+    return 0 if results["passed"] and swd["passed"] and pairs["passed"] else 1
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _run(case: Case, m: int) -> timing.Run:
 
 def _measure(case: Case) -> int:
     # Small first: libraries and thread pools come up now and are not charged to the call.
-    _run(case, 512)()
+    _run(case, min(512, case.m))()
     run = _run(case, case.m)
     gc.collect()
     # 5 resets the high-water mark to what is resident now.

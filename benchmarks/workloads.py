@@ -11,13 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import accuracy, eager, timing
 from benchmarks.timing import gradient_of, value_of
-from fastcl import nt_xent, ops, segmented_sort, swd_loss
+from fastcl import (
+    clip_loss, contrastive_stats, dcl_loss, decoupled_nt_xent, info_nce, instance_discrimination_loss, nt_xent,
+    nt_xent_views, ops, segmented_sort, siglip_loss, supcon_loss, swd_loss, uniformity_loss,
+)  # fmt: skip
+from fastcl.integrations.pytorch_metric_learning import NTXentLoss
 
-# POT is the one side that may be missing.
+# Peers may be missing.
 POT = {"POT": gradient_of(eager.pot)} if importlib.util.find_spec("ot") else {}
 
 
@@ -52,7 +57,102 @@ def _given(z: Tensor, samples: Tensor, directions: Tensor) -> Tensor:
     return swd_loss(z, prior_samples=samples, projections=directions)
 
 
-WORKLOADS = {
+def _labels(x: Tensor) -> Tensor:
+    """Eight rows of every label."""
+    return torch.arange(len(x), device=x.device) % max(1, len(x) // 8)
+
+
+def logit_scale(x: Tensor) -> float:
+    """CLIP's first, for rows as long as these."""
+    return 1 / 0.07 / x.shape[1]
+
+
+def _queue(loss: Callable[..., Tensor]) -> Callable[..., object]:
+    """A loss of queries, keys and negatives, without gradient for the latter."""
+    return gradient_of(lambda q, k, n: loss(*(F.normalize(x, dim=1) for x in (q, k)), n, temperature=1.0))
+
+
+def queue_of(queries: int) -> Workload:
+    """InfoNCE of so many queries, whatever the length m of the queue."""
+    return Workload(
+        lambda m, d: [(queries, d), (queries, d), (m, d)],
+        {
+            "fastcl": _queue(lambda *rows, temperature: info_nce(*rows, temperature, normalize=False)),
+            "eager": _queue(eager.queue_info_nce),
+        },
+    )
+
+
+def _twins(x: Tensor) -> Tensor:
+    """Two rows of every label."""
+    return torch.arange(len(x), device=x.device) // 2
+
+
+def _metric_learning(x: Tensor) -> Tensor:
+    from pytorch_metric_learning.losses import NTXentLoss as Theirs
+
+    return Theirs()(x, _twins(x))
+
+
+METRIC_LEARNING = (
+    {"pytorch-metric-learning": gradient_of(_metric_learning)}
+    if importlib.util.find_spec("pytorch_metric_learning")
+    else {}
+)
+# Of a queue or a bank.
+QUERIES = 256
+# SigLIP's first.
+LOGIT_BIAS = -10.0
+# What is compared with rows of another kind.
+PAIRS = {
+    "clip_loss": Workload(
+        lambda m, d: [(m, d)] * 2,
+        {
+            "fastcl": gradient_of(lambda x, y: clip_loss(x, y, logit_scale(x))),
+            "eager": gradient_of(lambda x, y: eager.clip(x, y, logit_scale(x))),
+        },
+        grads=2,
+    ),
+    "siglip_loss": Workload(
+        lambda m, d: [(m, d)] * 2,
+        {
+            "fastcl": gradient_of(lambda x, y: siglip_loss(x, y, logit_scale(x), LOGIT_BIAS)),
+            "eager": gradient_of(lambda x, y: eager.siglip(x, y, logit_scale(x), LOGIT_BIAS)),
+        },
+        grads=2,
+    ),
+    "info_nce, queue": queue_of(QUERIES),
+    "supcon_loss": Workload(
+        lambda m, d: [(m, d)],
+        {
+            "fastcl": gradient_of(lambda x: supcon_loss(x, _labels(x))),
+            "eager": gradient_of(lambda x: eager.supcon(x, _labels(x))),
+        },
+    ),
+    # A term for every positive of a row: the peer builds a tensor of rows x positives x negatives.
+    "metric learning NTXentLoss": Workload(
+        lambda m, d: [(m, d)],
+        {"fastcl": gradient_of(lambda x: NTXentLoss()(x, _twins(x)))} | METRIC_LEARNING,
+    ),
+}
+
+# Those whose memory alone is measured.
+OTHERS = {
+    "dcl_loss": Workload(views, {"fastcl": gradient_of(dcl_loss)}, grads=2),
+    "nt_xent_views": Workload(
+        lambda m, d: [(m // 4, d)] * 4, {"fastcl": gradient_of(lambda *views: nt_xent_views(views))}, grads=4
+    ),
+    "info_nce": Workload(views, {"fastcl": gradient_of(info_nce)}, grads=2),
+    "instance_discrimination_loss": Workload(
+        lambda m, d: [(QUERIES, d), (m, d)],
+        {"fastcl": gradient_of(lambda q, bank: instance_discrimination_loss(q, torch.arange(len(q)), bank))},
+    ),
+    "decoupled_nt_xent": Workload(views, {"fastcl": gradient_of(decoupled_nt_xent)}, grads=2),
+    "uniformity_loss": Workload(lambda m, d: [(m, d)], {"fastcl": gradient_of(uniformity_loss)}),
+    "contrastive_stats": Workload(views, {"fastcl": contrastive_stats}),
+}
+
+WORKLOADS = PAIRS | OTHERS | {
     "nt_xent": Workload(views, {"fastcl": gradient_of(nt_xent), "eager": gradient_of(eager.nt_xent)}, grads=2),
     "nt_xent forward": Workload(views, {"fastcl": value_of(nt_xent), "eager": value_of(eager.nt_xent)}),
     "wasserstein_1d": Workload(projections, {"fastcl": _wasserstein_1d, "eager": gradient_of(eager.wasserstein_1d)}),

@@ -34,8 +34,8 @@ ROWS = [
     Mutant(
         "half missing in the temperature gradient of rows",
         ROWS_FILE,
-        "(0.5 * grad *",
-        "(grad *",
+        "d_scale = 0.5 * (z",
+        "d_scale = 1.0 * (z",
         LOSSES + "test_shapes[chunked-lse-17-33-dtype1]",
     ),
     Mutant(

@@ -10,8 +10,8 @@ FUNCTION = [
     Mutant(
         "s missing in the positives of the loss",
         SIMILARITY_FILE,
-        "x1.shape[0]) - scale * pos",
-        "x1.shape[0]) - pos",
+        "x1.shape[0])[0] - scale * pos",
+        "x1.shape[0])[0] - pos",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
     ),
     Mutant(
@@ -24,8 +24,8 @@ FUNCTION = [
     Mutant(
         "positives pulled as if p were 0",
         SIMILARITY_FILE,
-        "share = torch.sigmoid(x) if w is None",
-        "share = torch.ones_like(x) if w is None",
+        "share = scale * pos + _log1p_exp(x), torch.sigmoid(x)",
+        "share = scale * pos + _log1p_exp(x), torch.ones_like(x)",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
     ),
     Mutant(
@@ -137,7 +137,7 @@ DISTRIBUTED = [
     Mutant(
         "temperatures may differ over ranks",
         RANKS_FILE,
-        ', (4, "temperature")):',
+        ', (4, number_name)):',
         "):",
         RANKS + "[all_ranks_raise-what=other_temperature-2]",
     ),
@@ -223,7 +223,7 @@ CHECKS = [
     ),
     Mutant(
         "learned temperature is its logarithm",
-        "fastcl/losses/nt_xent.py",
+        "fastcl/losses/module.py",
         "self.log_temperature.exp()",
         "-self.log_temperature",
         MODULE + "test_learnable_temperature",

@@ -27,8 +27,8 @@ MUTANTS = [
     Mutant(
         "C++: columns' half of the symmetry lost",
         "csrc/cpu/lse_forward.cpp",
-        "i == j ? -1 : row_blocks.start(j)",
-        "i <= j ? -1 : row_blocks.start(j)",
+        "i == j ? nullptr : &sums, row_blocks",
+        "i <= j ? nullptr : &sums, row_blocks",
         BLOCKS,
     ),
     Mutant(
@@ -54,14 +54,14 @@ MUTANTS = [
     ),
     Mutant(
         "C++: sums of all but the last 64 blocks lost",
-        "csrc/cpu/lse_backward.cpp",
+        "csrc/cpu/gradient_sums.h",
         "block.folded ? to[k] + from[k] : from[k]",
         "from[k]",
         NT_XENT + "test_more_blocks_than_one_level_of_sums",
     ),
     Mutant(
         "C++: gradients of later stripes of columns lost",
-        "csrc/cpu/lse_backward.cpp",
+        "csrc/cpu/gradient_sums.h",
         "for (int64_t copy = 1; copy < copies_; ++copy) g.add_",
         "for (int64_t copy = copies_; copy < copies_; ++copy) g.add_",
         RANKS + "[contract_over_several_tiles-dtype=float64-2]",
@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant(
         "C++: self mask dropped",
         "csrc/cpu/tiles.h",
-        "    mask_diagonal(tile, 0, rows, self);\n",
+        "    fill_diagonal(tile, 0, tile.rows, self_, value);\n",
         "",
         ONE_BLOCK,
     ),

@@ -105,7 +105,7 @@ FUNCTIONS = [
     Mutant(
         "double backward of the projections gives zeros",
         SORTING_FILE,
-        "(dz,) = refuse_double_backward(ctx.name, rows, dz)",
+        "(dz,) = refuse_double_backward(ctx.name, rows, (grad_loss,), dz)",
         "(dz,) = (dz.detach().requires_grad_(),)",
         SWD + "test_double_backward_is_refused[chunked-{'normalize': False}]",
     ),

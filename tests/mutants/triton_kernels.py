@@ -82,15 +82,15 @@ SYMMETRIC = [
     Mutant(
         "row half of the symmetry lost",
         SYMMETRIC_FILE,
-        "            _add_rows(p_row_part, o_i + o_row, m, tl.sum(e, 1), j != max(i // RATIO, j_start))\n",
-        "            _add_rows(p_row_part, o_i + o_row, m, tl.sum(e, 1) * 0, j != max(i // RATIO, j_start))\n",
+        "            add_rows(p_row_part, o_i + o_row, m, tl.sum(e, 1), j != max(i // RATIO, j_start))\n",
+        "            add_rows(p_row_part, o_i + o_row, m, tl.sum(e, 1) * 0, j != max(i // RATIO, j_start))\n",
         KERNELS + "test_symmetric_rows[False-258-dtype1]",
     ),
     Mutant(
         "column half of the symmetry lost",
         SYMMETRIC_FILE,
-        "_add_rows(p_col_part, o_n, m, tl.sum(b_sum, 0), i_super == j_super)",
-        "_add_rows(p_col_part, o_n, m, tl.sum(b_sum, 0) * 0, i_super == j_super)",
+        "add_rows(p_col_part, o_n, m, tl.sum(b_sum, 0), i_super == j_super)",
+        "add_rows(p_col_part, o_n, m, tl.sum(b_sum, 0) * 0, i_super == j_super)",
         KERNELS + "test_symmetric_rows[False-62-dtype0]",
     ),
     Mutant(
@@ -216,8 +216,8 @@ BACKWARD = [
     Mutant(
         "the same in the wide kernel",
         BACKWARD_FILE,
-        "ONLINE_MAX)\n    weight = tl.where(allowed(o_m, o_n, offset, pair, cols), weight, 0.0)\n",
-        "ONLINE_MAX)\n",
+        "    weight = tl.where(keep, weight, 0.0)\n",
+        "",
         KERNELS + "test_symmetric_rows[True-62-dtype0]",
     ),
     Mutant(
@@ -271,7 +271,7 @@ BACKWARD = [
     ),
 ]
 
-HOST_FILE = "fastcl/kernels/host.py"
+HOST_FILE, OPERANDS_FILE = "fastcl/kernels/host.py", "fastcl/kernels/operands.py"
 HOST = [
     Mutant(
         "partial gradients of later splits lost",
@@ -282,21 +282,21 @@ HOST = [
     ),
     Mutant(
         "WEIGHT_BITS not undone in the wide kernel",
-        HOST_FILE,
-        "return grad.mul_(0.5**weight_bits)",
-        "return grad",
+        OPERANDS_FILE,
+        "[x.mul_(0.5**weight_bits) for x in found]",
+        "[x for x in found]",
         KERNELS + "test_wide_features_in_chunks_of_rows[dtype1]",
     ),
     Mutant(
         "constant shift where it does not fit",
-        HOST_FILE,
+        OPERANDS_FILE,
         "self.paths = (not fixed_shift_fits(bound, cols),)",
         "self.paths = (False,)",
         KERNELS + "test_temperatures[antipodal-0.005-dtype0]",
     ),
     Mutant(
         "last split lost",
-        HOST_FILE,
+        OPERANDS_FILE,
         "return triton.cdiv(col_blocks, per_split), per_split",
         "return max(1, triton.cdiv(col_blocks, per_split) - 1), per_split",
         KERNELS + "test_rectangular_without_mask[129]",

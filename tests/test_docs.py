@@ -14,8 +14,12 @@ import fastcl
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FUNCTIONS = [name for name in fastcl.__all__ if inspect.isfunction(getattr(fastcl, name))]
-LOSSES = [name for name in FUNCTIONS if name.endswith(("_loss", "_xent"))]
-MODULES = [name for name in fastcl.__all__ if isinstance(getattr(fastcl, name), type)]
+LOSSES = [name for name in FUNCTIONS if name.endswith(("_loss", "_xent", "_nce", "_views"))]
+# What keeps rows between batches, and the result of a function.
+OTHERS = ("Queue", "MemoryBank", "ContrastiveStats")
+MODULES = [name for name in fastcl.__all__ if isinstance(getattr(fastcl, name), type) and name not in OTHERS]
+# A list of views and no more: a loop in the caller's code says as much as a module would.
+WITHOUT_MODULE = ("nt_xent_views",)
 
 
 def documentation(name: str) -> str:
@@ -55,7 +59,8 @@ def test_losses_have_a_formula_and_say_how_ranks_share_them(name):
 def test_every_loss_has_its_module():
     """And nothing else has one."""
     pointed_at = {word for name in MODULES for word in re.findall(r"`(\w+)`", documentation(name))}
-    assert pointed_at & set(FUNCTIONS) == set(LOSSES) and len(MODULES) == len(LOSSES)
+    expected = set(LOSSES) - set(WITHOUT_MODULE)
+    assert pointed_at & set(FUNCTIONS) == expected and len(MODULES) == len(expected)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -44,7 +44,7 @@ def info_nce(
 
     Args:
         query, keys: [N, D], row i of both belong together. float16, bfloat16, float32 or float64; any strides.
-        negatives: [K, D], of every query, such as `Queue.rows`; the same on every rank. They may require grad.
+        negatives: [K, D], of every query, such as `Queue.rows`; over ranks the same on all. They may require grad.
         temperature: positive number, or one-element floating tensor (which may require grad).
         in_batch: whether the keys of the other rows, on all ranks, are negatives. Default: where no negatives are
             given.

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .lse_rows import allowed, masked_block, masked_blocks, unmasked_block
-from .tiles import LOG2E, chosen, exponent_range, load_row, tile_product
+from .tiles import LOG2E, chosen, exponent_range, load_row, tile_product, walk
 
 
 @triton.jit(do_not_specialize=["r"])
@@ -140,12 +140,8 @@ def lse_backward_kernel(
         if fits == ONLINE_MAX:
             return
     unscale: tl.constexpr = 0.5**WEIGHT_BITS
-    o_i = tl.program_id(0) * BLOCK_M
-    split = tl.program_id(1)
-    lo = split * per_split
-    hi = min(lo + per_split, tl.cdiv(cols, BLOCK_N))
+    o_i, o_m, split, lo, hi = walk(cols, per_split, BLOCK_M, BLOCK_N)
     s0, l0, s1, l1, s2, l2, full = masked_blocks(o_i, offset, pair, cols, lo, hi, BLOCK_M, BLOCK_N)
-    o_m = o_i + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     p_rows = p_out + (split.to(tl.int64) * r + o_m)[:, None] * d + o_d[None, :]
     m_rows = (o_m < r)[:, None] & (o_d < d)[None, :]

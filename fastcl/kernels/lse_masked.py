@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .lse_rows import LOWEST, accumulate, allowed
-from .tiles import LOG2E, chosen, load_row, tile_product
+from .tiles import LOG2E, chosen, load_row, tile_product, walk
 
 
 @triton.jit(do_not_specialize=["r", "cols", "offset", "pair", "per_split"])
@@ -44,11 +44,7 @@ def lse_masked_kernel(
     SAME: tl.constexpr,
 ):
     c = tl.load(p_scale).to(tl.float32) * LOG2E
-    o_i = tl.program_id(0) * BLOCK_M
-    split = tl.program_id(1)
-    lo = split * per_split
-    hi = min(lo + per_split, tl.cdiv(cols, BLOCK_N))
-    o_m = o_i + tl.arange(0, BLOCK_M)
+    o_i, o_m, split, lo, hi = walk(cols, per_split, BLOCK_M, BLOCK_N)
     ids_m = load_row(p_ids_a, o_m, r, 0)
     b_row = d_row.load([o_i, 0])
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)

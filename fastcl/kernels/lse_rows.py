@@ -12,7 +12,7 @@ one maximum) a row; `lse_combine_kernel` joins at most 64 of them in a fixed ord
 import triton
 import triton.language as tl
 
-from .tiles import LN2, exponent_range, tile_product
+from .tiles import LN2, exponent_range, tile_product, walk
 
 # Finite, so that (maximum - maximum) is 0 and not NaN before the first allowed column.
 LOWEST = tl.constexpr(-1.0e38)
@@ -118,12 +118,8 @@ def lse_rows_kernel(
     if CHECK_RANGE:
         if fits == ONLINE_MAX:
             return
-    o_i = tl.program_id(0) * BLOCK_M
-    split = tl.program_id(1)
-    lo = split * per_split
-    hi = min(lo + per_split, tl.cdiv(cols, BLOCK_N))
+    o_i, o_m, split, lo, hi = walk(cols, per_split, BLOCK_M, BLOCK_N)
     s0, l0, s1, l1, s2, l2, full = masked_blocks(o_i, offset, pair, cols, lo, hi, BLOCK_M, BLOCK_N)
-    o_m = o_i + tl.arange(0, BLOCK_M)
     b_row = d_row.load([o_i, 0])
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)

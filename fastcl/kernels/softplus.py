@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .lse_rows import allowed
-from .tiles import LOG2E, chosen, load_row, tile_product
+from .tiles import LOG2E, chosen, load_row, tile_product, walk
 
 
 @triton.jit
@@ -64,11 +64,7 @@ def softplus_rows_kernel(
     SAME: tl.constexpr,
 ):
     c = tl.load(p_scale).to(tl.float32) * sign
-    o_i = tl.program_id(0) * BLOCK_M
-    split = tl.program_id(1)
-    lo = split * per_split
-    hi = min(lo + per_split, tl.cdiv(cols, BLOCK_N))
-    o_m = o_i + tl.arange(0, BLOCK_M)
+    o_i, o_m, split, lo, hi = walk(cols, per_split, BLOCK_M, BLOCK_N)
     beta = load_row(p_beta, o_m, r, 0.0)
     ids_m = load_row(p_ids_a, o_m, r, 0)
     b_row = d_row.load([o_i, 0])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .lse_rows import LOWEST, allowed
-from .tiles import LOG2E, tile_product
+from .tiles import LOG2E, tile_product, walk
 
 
 @triton.jit(do_not_specialize=["r", "cols", "offset", "pair", "per_split"])
@@ -37,11 +37,7 @@ def stats_kernel(
     PRECISION: tl.constexpr,
 ):
     c = tl.load(p_scale).to(tl.float32) * LOG2E
-    o_i = tl.program_id(0) * BLOCK_M
-    split = tl.program_id(1)
-    lo = split * per_split
-    hi = min(lo + per_split, tl.cdiv(cols, BLOCK_N))
-    o_m = o_i + tl.arange(0, BLOCK_M)
+    o_i, o_m, split, lo, hi = walk(cols, per_split, BLOCK_M, BLOCK_N)
     b_row = d_row.load([o_i, 0])
     b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)

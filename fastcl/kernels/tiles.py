@@ -39,6 +39,16 @@ def exponent_range(
 
 
 @triton.jit
+def walk(cols, per_split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a program that holds rows and walks blocks of columns: (first row, rows, split, first block, end)."""
+    o_i = tl.program_id(0) * BLOCK_M
+    split = tl.program_id(1)
+    lo = split * per_split
+    hi = min(lo + per_split, tl.cdiv(cols, BLOCK_N))
+    return o_i, o_i + tl.arange(0, BLOCK_M), split, lo, hi
+
+
+@triton.jit
 def tile_product(
     b_resident,  # [BLOCK_R, BLOCK_D]: rows held over the whole walk; unused when CHUNKED
     d_resident,  # [r, d]

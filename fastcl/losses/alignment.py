@@ -32,15 +32,10 @@ def distances(name: str, z1: Tensor, z2: Tensor, normalize: bool) -> Tensor:
 
 
 def alignment_loss(
-    z1: Tensor,
-    z2: Tensor,
-    *,
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    z1: Tensor, z2: Tensor, *,
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """Alignment loss of two views: the mean squared distance of each pair.
 
     L = mean_i ||z_i - z_p(i)||^2 over the 2N rows of both views, p(i) the other view of row i (Wang & Isola 2020,
@@ -82,15 +77,10 @@ def alignment_loss(
 
 
 def uniformity_loss(
-    z: Tensor,
-    t: float = 2.0,
-    *,
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    z: Tensor, t: float = 2.0, *,
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """Uniformity loss: how evenly rows cover the unit sphere, without the N x N distance matrix.
 
     L = log mean_{i != j} exp(-t ||z_i - z_j||^2) over all ordered pairs of the N rows (Wang & Isola 2020). Lower is

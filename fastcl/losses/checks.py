@@ -141,6 +141,17 @@ def indices(name: str, argument: str, x: Tensor, length: int) -> None:
             raise ValueError(f"{name}: {argument} must be from 0 to {length - 1}, got {low} to {high}")
 
 
+def one_element(name: str, argument: str, x: Tensor, device: torch.device) -> None:
+    """x is a floating tensor of one element, on this device or a number on the CPU."""
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: {argument} must be a floating tensor, got {x.dtype}")
+    dense(name, argument, x)
+    if x.numel() != 1:
+        raise ValueError(f"{name}: {argument} must have one element, got shape {list(x.shape)}")
+    if x.device != device and not (x.device.type == "cpu" and x.ndim == 0):
+        raise ValueError(f"{name}: {argument} must be on {device}, got {x.device}")
+
+
 def scalar(name: str, argument: str, value: object, device: torch.device) -> None:
     """A finite number, or a one-element floating tensor on this device."""
     if not isinstance(value, Tensor):
@@ -149,13 +160,7 @@ def scalar(name: str, argument: str, value: object, device: torch.device) -> Non
         if not abs(value) <= LARGEST:
             raise ValueError(f"{name}: {argument} must be finite, got {value}")
         return
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: {argument} must be a floating tensor, got {value.dtype}")
-    dense(name, argument, value)
-    if value.numel() != 1:
-        raise ValueError(f"{name}: {argument} must have one element, got shape {list(value.shape)}")
-    if value.device != device and not (value.device.type == "cpu" and value.ndim == 0):
-        raise ValueError(f"{name}: {argument} must be on {device}, got {value.device}")
+    one_element(name, argument, value, device)
 
 
 def matrix_like(name: str, argument: str, x: object, z: Tensor) -> None:
@@ -226,13 +231,7 @@ def positive(
     The value of a CUDA tensor is not read: that would wait for the device. A bad one there gives a NaN loss.
     """
     if isinstance(value, Tensor):
-        if value.dtype not in FLOATING:
-            raise TypeError(f"{name}: {argument} must be a floating tensor, got {value.dtype}")
-        dense(name, argument, value)
-        if value.numel() != 1:
-            raise ValueError(f"{name}: {argument} must have one element, got shape {list(value.shape)}")
-        if value.device != device and not (value.device.type == "cpu" and value.ndim == 0):
-            raise ValueError(f"{name}: {argument} must be on {device}, got {value.device}")
+        one_element(name, argument, value, device)
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
         value = value.item()

@@ -21,16 +21,10 @@ from .module import FunctionLoss
 
 
 def clip_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: float | Tensor,
-    *,
-    normalize: bool = False,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    image: Tensor, text: Tensor, logit_scale: float | Tensor, *,
+    normalize: bool = False, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """CLIP loss of images and texts, exact, without the N x N matrix of logits.
 
     L = mean over the 2N rows of both: of images log sum_j exp(S_ij) - S_ii, of texts log sum_i exp(S_ij) - S_jj, with

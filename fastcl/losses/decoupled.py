@@ -21,17 +21,11 @@ from .two_view import two_view_loss
 
 
 def decoupled_nt_xent(
-    z1: Tensor,
-    z2: Tensor,
-    temperature: float | Tensor = 1.0,
-    *,
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 1.0, *,
     weight: float = 0.1,
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """Decoupled NT-Xent of two views, exact, without the 2N x 2N similarity matrix.
 
     L = mean_i [ weight * log sum_{k != i} exp(<z_i, z_k> / temperature) - <z_i, z_p(i)> ] over the 2N rows of both

@@ -31,21 +31,16 @@ DISTRIBUTIONS = ("swd", "lse")
 
 
 def generalized_contrastive_loss(
-    z1: Tensor,
-    z2: Tensor,
-    *,
+    z1: Tensor, z2: Tensor, *,
     prior: str = "hypersphere",
     distribution: str = "swd",
     weight: float = 5.0,
     temperature: float | Tensor = 1.0,
     loss_scale: float = 1.0,
     generator: torch.Generator | None = None,
-    normalize: bool | None = None,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    normalize: bool | None = None, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """Generalised contrastive loss of two views: alignment plus distribution matching, without an N x N matrix.
 
     L = loss_scale * (mean over entries of (z1 - z2)^2 / 2 + weight * distribution), with the distribution term of P1

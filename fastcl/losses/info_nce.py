@@ -22,21 +22,14 @@ from .module import TemperatureLoss
 
 
 def info_nce(
-    query: Tensor,
-    keys: Tensor,
-    negatives: Tensor | None = None,
-    temperature: float | Tensor = 0.07,
-    *,
+    query: Tensor, keys: Tensor, negatives: Tensor | None = None, temperature: float | Tensor = 0.07, *,
     in_batch: bool | None = None,
     ids: Tensor | None = None,
     log_q: Tensor | None = None,
     negative_indices: Tensor | None = None,
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """InfoNCE loss of queries and their keys, exact, without the matrix of similarities.
 
     L = mean_i softplus( log sum_n exp(<q_i, n> / temperature) - <q_i, k_i> / temperature ), n over the negatives of

@@ -26,20 +26,13 @@ NAME = "instance_discrimination_loss"
 
 
 def instance_discrimination_loss(
-    query: Tensor,
-    indices: Tensor,
-    bank: Tensor,
-    temperature: float | Tensor = 0.07,
-    *,
+    query: Tensor, indices: Tensor, bank: Tensor, temperature: float | Tensor = 0.07, *,
     num_negatives: int | None = None,
     log_z: float | Tensor | None = None,
     generator: torch.Generator | None = None,
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """Instance discrimination against a memory bank, exact, without the N x n matrix of similarities.
 
     L = mean_i log sum_j exp(<v_i, f_j> / temperature) - <v_i, f_i> / temperature over all n rows f of the bank, or its
@@ -59,8 +52,7 @@ def instance_discrimination_loss(
         reduction, group, grad_reduction, exchange: as in `nt_xent`, one row for each query.
 
     Returns:
-        The loss, float32 (float64 for float64 input): a scalar, or [n] for reduction "none". NaN in the data gives a
-        NaN loss.
+        The loss, float32 (float64 for float64 input): a scalar, or [n] for reduction "none"; NaN for NaN in the data.
 
     Raises:
         TypeError, ValueError: as in `nt_xent`. RuntimeError: on differentiating twice.

@@ -17,16 +17,10 @@ from .two_view import two_view_loss
 
 
 def nt_xent(
-    z1: Tensor,
-    z2: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *,
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """NT-Xent loss of two views, exact, without the 2N x 2N similarity matrix.
 
     L = mean_i [ log sum_{k != i} exp(<z_i, z_k> / temperature) - <z_i, z_p(i)> / temperature ] over the 2N rows of

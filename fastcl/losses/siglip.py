@@ -21,17 +21,10 @@ from .module import FunctionLoss
 
 
 def siglip_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor,
-    *,
-    normalize: bool = False,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor, *,
+    normalize: bool = False, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """SigLIP loss of images and texts, exact, without the N x N matrix of logits.
 
     L = 1/N sum_ij softplus(-t_ij (logit_scale <x_i, y_j> + logit_bias)), t_ii = 1 and t_ij = -1 elsewhere (Zhai et al.,

@@ -21,17 +21,11 @@ from .positives import positives_loss
 
 
 def supcon_loss(
-    features: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
+    features: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *,
     form: str = "out",
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """Supervised contrastive loss, exact, without the M x M matrices of similarities and of positives.
 
     L = mean_i [ log sum_{k != i} exp(S_ik) - mean_p S_ip ], S = z z^T / temperature, p over the other rows of the

@@ -25,19 +25,14 @@ from .module import LossModule
 
 
 def swd_loss(
-    z: Tensor,
-    prior: str = "hypersphere",
-    *,
+    z: Tensor, prior: str = "hypersphere", *,
     prior_samples: Tensor | None = None,
     projections: Tensor | None = None,
     num_projections: int | None = None,
     generator: torch.Generator | None = None,
-    normalize: bool | None = None,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    normalize: bool | None = None, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """Squared sliced Wasserstein distance between the rows of a batch and a prior distribution.
 
     L = mean_p integral over q of (X_p(q) - Y_p(q))^2, X_p and Y_p the quantile functions of the rows and of samples of

@@ -21,15 +21,10 @@ from .two_view import two_view_loss
 
 
 def nt_xent_views(
-    views: Sequence[Tensor],
-    temperature: float | Tensor = 0.1,
-    *,
-    normalize: bool = True,
-    reduction: str = "mean",
-    group=None,
-    grad_reduction: str = "mean",
-    exchange: str = "gather",
-) -> Tensor:
+    views: Sequence[Tensor], temperature: float | Tensor = 0.1, *,
+    normalize: bool = True, reduction: str = "mean", group=None,
+    grad_reduction: str = "mean", exchange: str = "gather",
+) -> Tensor:  # fmt: skip
     """NT-Xent of two or more views, every other view a positive: the mean of its cross entropies.
 
     L = mean_i mean_{p in P(i)} [ log sum_{k != i} exp(S_ik) - S_ip ] over the V N rows of all views, P(i) the V - 1

@@ -162,7 +162,7 @@ RECTANGULAR = [
     ),
     Mutant(
         "last block of columns lost",
-        ROWS_FILE,
+        "fastcl/kernels/tiles.py",
         "hi = min(lo + per_split, tl.cdiv(cols, BLOCK_N))",
         "hi = min(lo + per_split, max(cols // BLOCK_N, 1))",
         KERNELS + "test_rectangular_without_mask[129]",

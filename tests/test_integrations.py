@@ -150,3 +150,14 @@ def test_migration_of_the_readme(name, monkeypatch):
     for theirs, ours in zip(*found, strict=True):
         # Two float32 results of one quantity, each within the rule of error_rule.py.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_versions_of_the_readme():
+    """Those that the tests install."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", README.with_name("constraints.txt").read_text(encoding="utf-8"), re.M))
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    named = re.search(r"The tests compare with (.*?)\. ", text).group(1)
+    assert re.findall(r"([\w-]+) (\d[\d.]*\d)", named) == [
+        (name, pins[name])
+        for name in ("lightly", "open_clip_torch", "pytorch-metric-learning", "sentence-transformers")
+    ]

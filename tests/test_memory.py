@@ -192,18 +192,28 @@ def test_bank_state():
     assert torch.equal(bank.rows, other.rows)
 
 
-def test_normaliser_is_that_of_the_first_call():
+@pytest.mark.parametrize("normalize", [True, False])
+def test_normaliser_is_that_of_the_first_call(normalize):
     """log Z = log(n mean exp(s <v, f>)) over the queries and the first rows of the bank, never again."""
-    criterion = InstanceDiscrimination(K, D, 0.3, num_negatives=5)
-    assert criterion.log_z.isnan()
+    criterion = InstanceDiscrimination(K, D, 0.3, num_negatives=5, normalize=normalize)
     bank, query = criterion.bank.rows, torch.randn(N, D)
     criterion(query, torch.arange(N))
-    expected = (unit(query) @ bank[:5].double().T / 0.3).exp().mean().mul(K).log()
+    expected = ((unit(query) if normalize else query.double()) @ bank[:5].double().T / 0.3).exp().mean().mul(K).log()
     torch.testing.assert_close(criterion.log_z, expected, rtol=1e-6, atol=0)
     first = criterion.log_z.clone()
     for _ in range(3):
         criterion(torch.randn(N, D), torch.arange(N))
         assert torch.equal(criterion.log_z, first)
+
+
+def test_normaliser_is_of_training():
+    """Not of an evaluation before it; with a state of before it, a new one."""
+    criterion, given = InstanceDiscrimination(K, D, num_negatives=5), (torch.randn(N, D), torch.arange(N))
+    assert criterion.eval()(*given).isfinite() and criterion.log_z.isnan()
+    before = copy.deepcopy(criterion).state_dict()
+    criterion.train()(*given)
+    criterion.load_state_dict(before)
+    assert criterion(*given).isfinite() and criterion.log_z.isfinite()
 
 
 @pytest.mark.parametrize("noise", [5, 40])

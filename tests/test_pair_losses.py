@@ -24,6 +24,7 @@ from fastcl import (
     supcon_loss,
 )
 from fastcl.ops import chunked
+from fastcl.ops.softplus import PairSoftplus
 from loss_cases import BACKENDS, DTYPES, route, skip_unsupported
 from pair_cases import LOSSES, compare, drawn, labels, make, results, rows
 
@@ -128,6 +129,17 @@ def test_numbers_and_tensors_agree(backend, loss, dtype):
     assert abs(number - tensor) <= 1e-6 * abs(number)
 
 
+@pytest.mark.parametrize("loss", ["clip", "batch_nce", "queue_nce"])
+def test_numbers_and_tensors_agree_on_long_rows(backend, loss):
+    """Rows of length 16: from the number alone they would seem to be within the range of one exponential."""
+    _, device = backend
+    case = make(loss, 20, 16, torch.float32, device)
+    long, one = [4 * x for x in case.rows], torch.ones((), device=device)
+    number, tensor = (case.ours(*long, x, normalize=False) for x in (1.0, one))
+    # The rounding of fp32, as above.
+    assert number.isfinite() and abs(number - tensor) <= 1e-6 * abs(tensor)
+
+
 @pytest.mark.parametrize("dtype,reduction", [(torch.float32, "mean"), (torch.float16, "none")])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_same_bits_every_time(backend, loss, reduction, dtype):
@@ -154,10 +166,11 @@ def test_same_bits_with_any_number_of_threads(loss, reduction):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", ["queue_nce", "hard_nce"])
 def test_queue_of_another_dtype(backend, loss, dtype):
-    """Queues are float32 whatever the queries are; their gradient has their dtype."""
+    """Queues are float32 whatever the queries are; their gradient has their dtype. Float64 queries meet all digits of
+    what the queue holds."""
     name, device = backend
     skip_unsupported(name, dtype)
     (query, keys), (queue,) = rows(2, 12, 16, dtype, device), rows(1, 31, 16, torch.float32, device)
@@ -167,11 +180,17 @@ def test_queue_of_another_dtype(backend, loss, dtype):
     exact = reference.info_nce(query.double(), keys.double(), queue.double(), 0.2, negative_indices=chosen)
     eager = reference.info_nce(query, keys, queue.to(dtype), 0.2, negative_indices=chosen)
     check(f"{name} {loss}", value.detach(), exact.detach(), eager.detach(), dtype)
+    if name in ("cpp", "chunked") and dtype.itemsize == 2:
+        # The CPU multiplies in float32: the queue is not rounded to the queries' type.
+        wide = info_nce(query.float(), keys.float(), queue, 0.2, negative_indices=chosen)
+        assert torch.equal(value, wide)
     if chosen is None:
         pairs = zip((value, exact, eager), (torch.autograd.grad(x, queue)[0] for x in (value, exact, eager)))
         got, wanted, plain = (grad for _, grad in pairs)
         assert got.dtype == torch.float32
-        check(f"{name} gradient of the queue", got, wanted, plain, dtype)
+        # Of float64 queries too it is rounded to float32.
+        rounded = torch.float32 if dtype == torch.float64 else dtype
+        check(f"{name} gradient of the queue", got, wanted, plain, rounded)
 
 
 # What the losses have to do with each other, in float64. Both sides are rounded: a few units in the last place.
@@ -314,6 +333,17 @@ def test_instances_are_info_nce_against_the_rest_of_the_bank():
         others = bank[[j for j in range(15) if j != place]]
         single.append(info_nce(query[i : i + 1], bank[place : place + 1], others, 0.3, reduction="none"))
     same(found, torch.cat(single), [query])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("reduce", [True, False])
+def test_softplus_of_the_rows_themselves(sign, reduce):
+    """With the gradients of the scale and of beta, which no loss of the rows themselves needs."""
+    (z,), ids = leaves_of(1), torch.arange(11) % 3
+    scale, beta = (torch.rand(size, dtype=torch.float64).requires_grad_() for size in ((), (11,)))
+    found = PairSoftplus.apply(z, None, scale, beta, ids, None, sign, True, reduce, z.dtype, None, "softplus")
+    exact = reference.pair_softplus(z, z, scale, beta, sign, 0, ids_a=ids, ids_b=ids, same="only")
+    same(*([found[None], exact.sum()[None]] if reduce else [found, exact]), [z, scale, beta])
 
 
 def test_supcon_counts_anchors_with_a_positive():

@@ -14,6 +14,10 @@ SWD = "tests/test_swd.py::"
 SWD_INPUTS = "tests/test_swd_inputs.py::"
 DRAWS = "tests/test_draws.py::"
 RANKS = "tests/test_distributed.py::test_ranks"
+PAIR_OPS = "tests/test_pair_ops.py::"
+PAIR_KERNELS = "tests/test_pair_kernels.py::"
+PAIR_LOSSES = "tests/test_pair_losses.py::"
+PAIR_RANKS = "tests/test_distributed_pairs.py::test_ranks"
 
 
 class Mutant(NamedTuple):

@@ -25,22 +25,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cuda
+import drop_ins
 import library
 import native
+import pairs
+import pairs_kernels
 import sorting
 import triton_kernels
 from mutant import Mutant
 
 MUTANTS = [
     *native.MUTANTS,
+    *pairs_kernels.NATIVE,
     *sorting.NATIVE,
     *cuda.MUTANTS,
     *triton_kernels.MUTANTS,
+    *pairs_kernels.TRITON,
     *library.MUTANTS,
+    *pairs.MUTANTS,
+    *drop_ins.MUTANTS,
     *sorting.MUTANTS,
 ]
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("csrc", "fastcl", "tests", "setup.py", "pyproject.toml")
+PARTS = ("csrc", "fastcl", "tests", "examples", "setup.py", "pyproject.toml")
 TEST_SECONDS, BUILD_SECONDS = 180, 900
 # A copy whose code does not even run would turn any test red.
 BROKEN = re.compile(r"\b(ImportError|ModuleNotFoundError|SyntaxError|IndentationError|NameError|CompilationError)\b")
@@ -94,7 +101,7 @@ class Copy:
         for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
             problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
             kind = "passed" if problem is None else problem.tag
-            outcomes.setdefault(kind, []).append(case.get("name") if problem is None else problem.get("message") or "")
+            outcomes.setdefault(kind, []).append(case.get("name") if problem is None else said(problem))
         return outcomes, "\n".join((result.stdout + result.stderr).splitlines()[-15:])
 
     def build(self) -> str:
@@ -103,6 +110,12 @@ class Copy:
         if result.returncode or "building without C++ kernels" in result.stderr:
             return "\n".join((result.stdout + result.stderr).splitlines()[-15:])
         return ""
+
+
+def said(problem: ElementTree.Element) -> str:
+    """The message of a test that did not pass, with what the report marks as raised: a long message is cut in it."""
+    raised = [line for line in (problem.text or "").splitlines() if line.startswith("E ")]
+    return "\n".join([problem.get("message") or "", *raised])
 
 
 def drifted(mutant: Mutant) -> str:

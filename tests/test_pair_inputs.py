@@ -294,7 +294,7 @@ OPTIONS = [
         for value in ("avg", "Mean", None, 1)
     ),
     *(bad("none", f, ValueError, "grad_reduction", grad_reduction="none") for f in LOSSES),
-    *(bad("ring", f, ValueError, "exchange", exchange="ring") for f in LOSSES),
+    *(bad("star", f, ValueError, "exchange", exchange="star") for f in LOSSES),
     *(
         bad(f"{value!r}", f, TypeError, "group", group=value)
         for f in (*LOSSES, contrastive_stats)

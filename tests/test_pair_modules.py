@@ -94,7 +94,7 @@ def test_chosen_negatives_of_a_call():
         (TypeError, "normalize", {"normalize": None}),
         (ValueError, "reduction", {"reduction": "avg"}),
         (ValueError, "grad_reduction", {"grad_reduction": "none"}),
-        (ValueError, "exchange", {"exchange": "ring"}),
+        (ValueError, "exchange", {"exchange": "star"}),
         (TypeError, "keyword", {"margin": 0.2}),
         (TypeError, "keyword", {"norm": True, "reduction": "sum"}),
     ],
@@ -210,7 +210,7 @@ def test_signature(module):
 def test_only_the_temperature_goes_by_position():
     assert SupConLoss(0.25).temperature == 0.25
     for make in (lambda: SupConLoss(0.25, True), lambda: ClipLoss(True)):
-        with pytest.raises(TypeError, match="positional argument"):
+        with pytest.raises(TypeError, match="ClipLoss: arguments must have names|positional argument"):
             make()
 
 

@@ -22,7 +22,9 @@ def _weighted(a: Tensor, b: Tensor, scale: Tensor, chosen: Tensor) -> tuple[Tens
     counts = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
     ones = torch.ones((), dtype=torch.int32, device=a.device).expand(chosen.shape)
     counts.scatter_add_(1, chosen.long(), ones)
-    S = (a @ b.T).to(scale.dtype).mul_(scale)
+    # The products of 16-bit rows keep the digits that they are added up with.
+    S = torch.mm(a, b.T, out_dtype=scale.dtype) if a.dtype.itemsize == 2 else (a @ b.T).to(scale.dtype)
+    S = S.mul_(scale)
     return S.masked_fill_(counts == 0, -torch.inf), counts
 
 

@@ -216,6 +216,7 @@ def agree(
     settings: dict[str, object],
     views: int,
     seed: Callable[[], int],
+    argument: str,
     number_name: str,
 ) -> Ranks:
     """Run `check` on every rank and exchange its outcome, so that all ranks raise together or none does.
@@ -223,20 +224,27 @@ def agree(
     `check` validates this rank's arguments and returns (rows of one view, temperature or the number so named);
     `settings` are those that all ranks must pass alike; the seed of rank 0 becomes that of all. A rank that raised
     alone, or took another path, would leave the others waiting in a collective until it times out.
+
+    The facts travel between CPUs where the group has a backend for that ("cpu:gloo,cuda:nccl", PyTorch's default):
+    no host then waits for its device. On a group of NCCL alone it does.
     """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     error: Exception | None = None
     count = d = dtype = setting = number = 0
     try:
         x, temperature = check()
+        if x.device.type not in backends:
+            served = " and ".join(f"{device} ({backend})" for device, backend in backends.items())
+            raise ValueError(f"{name}: {argument} must be where the group works, {served}, got {x.device}")
         count, d, dtype = views * x.shape[0], x.shape[1], DTYPES.index(x.dtype)
         if not isinstance(temperature, Tensor):
             setting = struct.unpack("q", struct.pack("d", temperature))[0]
         number = seed()
     except (TypeError, ValueError) as caught:
         error = caught
-    device = torch.device("cpu")
-    if dist.get_backend(group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
+    if "cpu" not in backends and not torch.cuda.is_available():
+        raise error or ValueError(f"{name}: group must have a backend for the CPU without a GPU, got {backends}")
+    device = torch.device("cpu") if "cpu" in backends else torch.device("cuda", torch.cuda.current_device())
     hashes = [zlib.crc32(repr(_as_float(value)).encode()) for value in settings.values()]
     facts = [error is not None, count, d, dtype, setting, number, *hashes]
     mine = torch.tensor(facts, dtype=torch.int64, device=device)

@@ -43,7 +43,7 @@ def open_batch(
         x, _ = check()
         ranks, total, where = None, views * x.shape[0], ""
     else:
-        ranks = distributed.agree(name, process_group, check, settings, views, seed, number)
+        ranks = distributed.agree(name, process_group, check, settings, views, seed, argument, number)
         total, where = sum(ranks.counts), " over all ranks"
     if total < least:
         rows = "one row" if least == 1 else f"{least} rows"

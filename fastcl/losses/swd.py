@@ -55,7 +55,7 @@ def swd_loss(
         reduction: "mean" over the rows of all ranks, "sum", or "none" for this rank's rows: N times the mean over the
             projections of each row's part.
         group, grad_reduction: as in `nt_xent`. Over ranks L is that of the rows of all ranks together.
-        exchange: "gather": ranks exchange projections, each sorts its share of them.
+        exchange: either way ranks exchange projections, each sorts its share of them.
 
     Returns:
         The loss, float32 (float64 for float64 input): a scalar, or [n] for reduction "none". NaN in the data sorts

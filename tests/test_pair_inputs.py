@@ -204,6 +204,12 @@ INTEGER_ROWS = [
 ANY, CHOSEN = torch.zeros(N, 3).long(), {"negatives": rows(K)}
 NEGATIVES = [
     bad("in_batch=False alone", info_nce, ValueError, "negatives", in_batch=False),
+    *(
+        bad("of a queue", info_nce, ValueError, a, negatives=rows(K), **{a: value})
+        for a, value in (("ids", torch.arange(N)), ("log_q", torch.zeros(N)))
+    ),
+    bad("2e38", siglip_loss, ValueError, "logit_bias", logit_bias=2e38),
+    bad("NaN tensor", siglip_loss, ValueError, "logit_bias", logit_bias=torch.tensor(math.nan)),
     bad("indices alone", info_nce, ValueError, "negatives", negative_indices=ANY),
     *(bad(f"{value!r}", info_nce, TypeError, "in_batch", in_batch=value) for value in (0, "no", torch.tensor(True))),
     *(

@@ -1,5 +1,6 @@
 """Exact, memory-free contrastive losses with custom kernels: `from fastcl import nt_xent, swd_loss`."""
 
+from .gradient_cache import cached_backward
 from .losses.alignment import AlignmentLoss, UniformityLoss, alignment_loss, uniformity_loss
 from .losses.clip import ClipLoss, clip_loss
 from .losses.dcl import DCLLoss, dcl_loss
@@ -33,6 +34,7 @@ __all__ = [
     "SupConLoss",
     "UniformityLoss",
     "alignment_loss",
+    "cached_backward",
     "clip_loss",
     "contrastive_stats",
     "dcl_loss",

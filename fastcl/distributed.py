@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,15 +42,28 @@ def resolve_group(name: str, group) -> dist.ProcessGroup | None:
     return None if group is None or dist.get_world_size(group) == 1 else group
 
 
+class Block(NamedTuple):
+    """Columns [c, D] of one rank or of all, and the gathered position of the first. None: the rows themselves."""
+
+    rows: Tensor | None
+    first: int
+
+    def of(self, x: Tensor | None) -> Tensor | None:
+        """Its part of a vector gathered from all ranks."""
+        return x if x is None or self.rows is None else x[self.first : self.first + self.rows.shape[0]]
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """This rank's place among ranks that hold counts[r] rows each."""
+    """This rank's place among ranks that hold counts[r] rows each, in a call of the loss `name`."""
 
     group: dist.ProcessGroup
     counts: tuple[int, ...]
     rank: int
     grad_factor: float
     seed: int
+    ring: bool
+    name: str
 
     @property
     def first_row(self) -> int:
@@ -75,17 +90,45 @@ class Ranks:
             padded = x.new_zeros((most, *x.shape[1:]))
             padded[: x.shape[0]] = x
         out = x.new_empty((most * len(self.counts), *x.shape[1:]))
-        dist.all_gather_into_tensor(out, padded, group=self.group)
+        with exchanging(self.name, "gathering rows"):
+            dist.all_gather_into_tensor(out, padded, group=self.group)
         if min(self.counts) == most:
             return out
         return torch.cat([part[:count] for part, count in zip(out.split(most), self.counts, strict=True)])
 
     gather_vector = gather_rows
 
+    def ring_of_rows(self, x: Tensor) -> Iterator[Block]:
+        """Every rank's rows, this one's first: each rank hands on what it holds, while that is worked on.
+
+        Wire bytes: those of all rows but this rank's. Two blocks are held at a time.
+        """
+        world = len(self.counts)
+        held, owner = x.contiguous(), self.rank
+        for _ in range(world - 1):
+            source = (owner - 1) % world
+            coming = x.new_empty((self.counts[source], *x.shape[1:]))
+            transfers = [
+                dist.P2POp(call, rows, group=self.group, group_peer=(self.rank + step) % world)
+                for call, rows, step in ((dist.isend, held, 1), (dist.irecv, coming, -1))
+                if rows.numel()
+            ]
+            with exchanging(self.name, "handing on rows"):
+                pending = dist.batch_isend_irecv(transfers) if transfers else []
+            if owner == self.rank or held.shape[0]:
+                yield Block(held, sum(self.counts[:owner]))
+            with exchanging(self.name, "handing on rows"):
+                for work in pending:
+                    work.wait()
+            held, owner = coming, source
+        if held.shape[0]:
+            yield Block(held, sum(self.counts[:owner]))
+
     def gather_number(self, x: Tensor) -> Tensor:
         """One number of every rank, [W]."""
         out = x.new_empty(len(self.counts))
-        dist.all_gather_into_tensor(out, x.reshape(1), group=self.group)
+        with exchanging(self.name, "gathering numbers"):
+            dist.all_gather_into_tensor(out, x.reshape(1), group=self.group)
         return out
 
     def columns_to_rows(self, x: Tensor) -> Tensor:
@@ -111,20 +154,46 @@ class Ranks:
         return received.view(rows, n)
 
     def _all_to_all(self, out: Tensor, x: Tensor, out_sizes: list[int], sizes: list[int]) -> None:
-        dist.all_to_all_single(out, x, out_sizes, sizes, group=self.group)
+        with exchanging(self.name, "exchanging projections"):
+            dist.all_to_all_single(out, x, out_sizes, sizes, group=self.group)
 
     def logsumexp(self, x: Tensor) -> Tensor:
         """Element by element, the log of the sum of exp(x) over ranks, the same bits on every rank."""
         peak = x.detach().clone()
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
+        with exchanging(self.name, "finding the largest number"):
+            dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
         shift = torch.where(peak.isfinite(), peak, 0.0)
         return self.sum((x - shift).exp()).log() + shift
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks of a number, the same bits on every rank."""
         total = x.detach().clone()
-        dist.all_reduce(total, group=self.group)
+        with exchanging(self.name, "adding up numbers"):
+            dist.all_reduce(total, group=self.group)
         return total
+
+
+def columns_of(ranks: Ranks | None, x: Tensor) -> Tensor:
+    """What the columns of all ranks are made of, and the backward has to keep: all rows, gathered at once, or with
+    exchange "ring" this rank's alone."""
+    return x if ranks is None or ranks.ring else ranks.gather_rows(x)
+
+
+def blocks(ranks: Ranks | None, columns: Tensor | None) -> Iterator[Block]:
+    """The columns in blocks: all of them, or with exchange "ring" those of one rank after another, as they come."""
+    if ranks is None or not ranks.ring:
+        yield Block(columns, 0)
+    else:
+        yield from ranks.ring_of_rows(columns)
+
+
+@contextmanager
+def exchanging(name: str, what: str):
+    """Says in which loss ranks waited for one that did not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{name}: {what} over ranks failed: {error}") from error
 
 
 class GlobalSum(torch.autograd.Function):
@@ -147,6 +216,7 @@ def agree(
     settings: dict[str, object],
     views: int,
     seed: Callable[[], int],
+    argument: str,
     number_name: str,
 ) -> Ranks:
     """Run `check` on every rank and exchange its outcome, so that all ranks raise together or none does.
@@ -154,25 +224,33 @@ def agree(
     `check` validates this rank's arguments and returns (rows of one view, temperature or the number so named);
     `settings` are those that all ranks must pass alike; the seed of rank 0 becomes that of all. A rank that raised
     alone, or took another path, would leave the others waiting in a collective until it times out.
+
+    The facts travel between CPUs where the group has a backend for that ("cpu:gloo,cuda:nccl", PyTorch's default):
+    no host then waits for its device. On a group of NCCL alone it does.
     """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     error: Exception | None = None
     count = d = dtype = setting = number = 0
     try:
         x, temperature = check()
+        if x.device.type not in backends:
+            served = " and ".join(f"{device} ({backend})" for device, backend in backends.items())
+            raise ValueError(f"{name}: {argument} must be where the group works, {served}, got {x.device}")
         count, d, dtype = views * x.shape[0], x.shape[1], DTYPES.index(x.dtype)
         if not isinstance(temperature, Tensor):
             setting = struct.unpack("q", struct.pack("d", temperature))[0]
         number = seed()
     except (TypeError, ValueError) as caught:
         error = caught
-    device = torch.device("cpu")
-    if dist.get_backend(group) == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
+    if "cpu" not in backends and not torch.cuda.is_available():
+        raise error or ValueError(f"{name}: group must have a backend for the CPU without a GPU, got {backends}")
+    device = torch.device("cpu") if "cpu" in backends else torch.device("cuda", torch.cuda.current_device())
     hashes = [zlib.crc32(repr(_as_float(value)).encode()) for value in settings.values()]
     facts = [error is not None, count, d, dtype, setting, number, *hashes]
     mine = torch.tensor(facts, dtype=torch.int64, device=device)
     every = mine.new_empty(dist.get_world_size(group) * mine.numel())
-    dist.all_gather_into_tensor(every, mine, group=group)
+    with exchanging(name, "comparing arguments"):
+        dist.all_gather_into_tensor(every, mine, group=group)
     rows = every.view(-1, mine.numel()).tolist()
     if error is not None:
         raise error
@@ -189,7 +267,8 @@ def agree(
             raise ValueError(f"{name}: {what} must be equal on all ranks, got {value!r} but not on rank {other[0]}")
     counts = tuple(row[1] for row in rows)
     factor = float(len(counts)) if settings["grad_reduction"] == "mean" else 1.0
-    return Ranks(group, counts, dist.get_rank(group), factor, rows[0][5])
+    ring = settings.get("exchange") == "ring"
+    return Ranks(group, counts, dist.get_rank(group), factor, rows[0][5], ring, name)
 
 
 def _as_float(value: object) -> object:

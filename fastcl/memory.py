@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .losses import checks, draws
-from .losses.batch import Batch, open_batch, scale_of
-from .losses.instance_discrimination import NAME, check_rows, instance_discrimination_loss
-from .losses.noise import log_normaliser
+from .losses.batch import Batch, open_batch
+from .losses.instance_discrimination import instance_discrimination_loss, with_normaliser
 from .ops.chunked import row_chunks, unit_rows
 from .ops.rows import product_rows
 from .sort import segmented_sort
@@ -39,7 +38,8 @@ def _open(
         check()
         return x, 1.0
 
-    return open_batch(name, group, check_all, {"grad_reduction": "mean"}, argument=argument, least=0)
+    settings = {"grad_reduction": "mean", "size": len(rows)}
+    return open_batch(name, group, check_all, settings, argument=argument, least=0)
 
 
 def _gathered(batch: Batch, x: Tensor) -> Tensor:
@@ -134,7 +134,8 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, indices: Tensor, features: Tensor) -> None:
-        """Move rows indices [N] towards features [N, D]. Of an instance that comes twice the last feature counts."""
+        """Move rows indices [N] towards features [N, D]. Of an instance that comes twice the last feature counts; one
+        that is not finite leaves its row as it is."""
         name = "MemoryBank.update"
         size = self.rows.shape[0]
 
@@ -148,8 +149,9 @@ class MemoryBank(nn.Module):
         # Writes of the same row would come in any order: all of them write what the last one does.
         order = torch.arange(len(where), device=where.device)
         last = where.new_zeros(size).scatter_reduce(0, where, order, "amax")[where]
-        mixed = self.momentum * self.rows[where] + (1 - self.momentum) * found[last]
-        self.rows = self.rows.index_copy(0, where, unit_rows(mixed)[0].to(self.rows.dtype))
+        old = self.rows[where]
+        mixed = unit_rows(self.momentum * old + (1 - self.momentum) * found[last])[0].to(old.dtype)
+        self.rows = self.rows.index_copy(0, where, torch.where(mixed.isfinite().all(1, keepdim=True), mixed, old))
 
     def extra_repr(self) -> str:
         return f"size={self.rows.shape[0]}, dim={self.rows.shape[1]}, momentum={self.momentum}"
@@ -189,46 +191,29 @@ class InstanceDiscrimination(nn.Module):
         self.temperature = checks.constant(name, "temperature", temperature)
         if num_negatives is not None:
             checks.count(name, "num_negatives", num_negatives)
-        allowed = {"normalize", "reduction", "grad_reduction", "exchange"}
-        for key in settings.keys() - allowed:
+        allowed = ("normalize", "reduction", "grad_reduction", "exchange")
+        for key in settings.keys() - set(allowed):
             raise TypeError(f"{name}: keyword must be one of {', '.join(sorted(allowed))}, got {key!r}")
         defaults = instance_discrimination_loss.__kwdefaults__
-        checks.options(name, **{key: settings.get(key, defaults[key]) for key in allowed})
-        self.num_negatives, self.group, self.generator, self.settings = num_negatives, group, generator, settings
+        self.settings = {key: settings.get(key, defaults[key]) for key in allowed}
+        checks.options(name, **self.settings)
+        self.num_negatives, self.group, self.generator = num_negatives, group, generator
         self.bank = MemoryBank(size, dim, momentum=momentum, group=group)
         # NaN until the first call in training mode, which is known here without reading it.
         self.register_buffer("log_z", torch.full((), math.nan, dtype=torch.float64))
         self._estimated = False
-        self.register_load_state_dict_post_hook(_forget_estimate)
+        self.register_load_state_dict_post_hook(_look_again)
 
     def forward(self, query: Tensor, indices: Tensor) -> Tensor:
-        loss = instance_discrimination_loss(
-            query, indices, self.bank.rows, self.temperature, num_negatives=self.num_negatives,
-            log_z=None if self.num_negatives is None else self._normaliser(query, indices),
-            generator=self.generator, group=self.group, **self.settings,
+        loss, log_z = with_normaliser(
+            query, indices, self.bank.rows, self.temperature, self.num_negatives,
+            self.log_z if self._estimated else None, self.generator, self.group, self.settings,
         )  # fmt: skip
         if self.training:
+            if log_z is not None and not self._estimated:
+                self.log_z, self._estimated = log_z.to(self.log_z), True
             self.bank.update(indices, query)
         return loss
-
-    def _normaliser(self, query: Tensor, indices: Tensor) -> Tensor:
-        """The first call's, from as many bank rows as there is noise; chosen on the device, without waiting for it."""
-        if self._estimated:
-            return self.log_z
-        bank = self.bank.rows
-
-        def check():
-            check_rows(query, indices, bank)
-            return query, self.temperature
-
-        batch = open_batch(NAME, self.group, check, {"grad_reduction": "mean"}, argument="query")
-        rows = product_rows(NAME, query.detach(), self.settings.get("normalize", True))
-        sample = bank[: self.num_negatives]
-        found = log_normaliser(rows, sample, scale_of(self.temperature, query), len(bank), batch)
-        found = torch.where(self.log_z.isnan(), found.to(self.log_z), self.log_z)
-        if self.training:
-            self.log_z, self._estimated = found, True
-        return found
 
     def extra_repr(self) -> str:
         shown = {"temperature": self.temperature, "num_negatives": self.num_negatives, **self.settings}
@@ -236,9 +221,9 @@ class InstanceDiscrimination(nn.Module):
         return ", ".join(f"{key}={value!r}" for key, value in shown.items() if value != defaults[key])
 
 
-def _forget_estimate(module: InstanceDiscrimination, _) -> None:
+def _look_again(module: InstanceDiscrimination, _) -> None:
     # The state may be one from before the first call.
-    module._estimated = False
+    module._estimated = not module.log_z.isnan().item()
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ def contrastive_stats(
     normalize: bool = True,
     group=None,
 ) -> ContrastiveStats:
-    """Statistics of two views under NT-Xent's softmax, exact, from one visit of the similarity tiles, without gradient.
+    """Statistics of two views under NT-Xent's softmax, exact, without the matrix and without gradient. One visit
+    of each tile gives all but the uniformity, which takes a second one.
 
     With M = 2N rows z, p(i) the other view of row i and P_ik the softmax of <z_i, z_k> / temperature over k != i:
 

@@ -170,18 +170,6 @@ LOSSES = {
 }  # fmt: skip
 
 
-def enqueue(**keys):
-    Queue(6, 4, generator=torch.Generator().manual_seed(0)).enqueue(**keys)
-
-
-def update(features, indices=None):
-    bank = MemoryBank(6, 4, generator=torch.Generator().manual_seed(0))
-    bank.update(torch.arange(3) if indices is None else indices, features)
-
-
-enqueue.__name__, update.__name__ = "Queue.enqueue", "MemoryBank.update"
-
-
 def _views_named(*names):
     """Two views under other names."""
 

@@ -34,7 +34,7 @@ def original(name: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    if name == "lightly" and not missing("torchvision"):
+    if not missing("torchvision"):
         # Made importable beside a CPU-only PyTorch.
         sys.path.append(str(EXAMPLES))
         importlib.import_module("simclr.torchvision_compat")

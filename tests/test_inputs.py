@@ -120,7 +120,7 @@ TEMPERATURES = [
 OPTIONS = [
     *(bad(f"reduction {value!r}", ValueError, "reduction", reduction=value) for value in ("avg", "", "Mean", None, 1)),
     bad("grad_reduction", ValueError, "grad_reduction", grad_reduction="none"),
-    bad("exchange", ValueError, "exchange", exchange="ring"),
+    bad("exchange", ValueError, "exchange", exchange="star"),
     *(bad(f"normalize {value!r}", TypeError, "normalize", normalize=value) for value in ("no", 1, None)),
     *(bad(f"group {value!r}", TypeError, "group", group=value) for value in ("world", 3)),
 ]

@@ -86,6 +86,22 @@ def test_reference_rows(labels, ref_labels):
     agree(of(NTXentLoss()), of(theirs.NTXentLoss()), *leaves)
 
 
+def test_reference_rows_with_the_very_labels():
+    """Row i of both is then the same sample, and no pair; equal labels in another tensor say nothing of that."""
+    labels = torch.arange(8) % 3
+    leaves = torch.randn(2, 8, 6, dtype=torch.float64).unbind(0)
+    for ref_labels in (labels, labels.clone()):
+        run = lambda loss: lambda z, refs: loss(z, labels, None, refs, ref_labels)  # noqa: B023, E731
+        agree(run(NTXentLoss()), run(theirs.NTXentLoss()), *leaves)
+
+
+def test_compiled_whole():
+    x, labels = torch.randn(8, 6), torch.arange(8) % 3
+    for ours in (NTXentLoss(), SupConLoss()):
+        found = torch.compile(ours, fullgraph=True, backend="aot_eager")(x, labels)
+        torch.testing.assert_close(found, ours(x, labels), rtol=0, atol=0)
+
+
 def test_reference_rows_in_float32():
     labels, ref_labels = torch.arange(30) % 7, torch.arange(40) % 9
     leaves = torch.randn(30, 12, dtype=torch.float64), torch.randn(40, 12, dtype=torch.float64)

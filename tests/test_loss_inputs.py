@@ -114,7 +114,7 @@ OPTIONS = [
     ),
     *(case for value in ("sum", "none") for case in bad(value, WIDE, ValueError, "reduction", reduction=value)),
     *bad("grad_reduction", EVERY, ValueError, "grad_reduction", grad_reduction="none"),
-    *bad("exchange", EVERY, ValueError, "exchange", exchange="ring"),
+    *bad("exchange", EVERY, ValueError, "exchange", exchange="star"),
     *(
         case
         for value in ("no", 1)

@@ -194,20 +194,21 @@ def test_bank_state():
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_normaliser_is_that_of_the_first_call(normalize):
-    """log Z = log(n mean exp(s <v, f>)) over the queries and the first rows of the bank, never again."""
-    criterion = InstanceDiscrimination(K, D, 0.3, num_negatives=5, normalize=normalize)
+    """log Z = log(n mean exp(s <v, f>)) over the queries and the noise, never again."""
+    criterion = InstanceDiscrimination(K, D, 0.3, num_negatives=5, generator=drawn(), normalize=normalize)
     bank, query = criterion.bank.rows, torch.randn(N, D)
     criterion(query, torch.arange(N))
-    expected = ((unit(query) if normalize else query.double()) @ bank[:5].double().T / 0.3).exp().mean().mul(K).log()
+    noise = bank[torch.randint(K, (5,), generator=drawn())].double()
+    expected = ((unit(query) if normalize else query.double()) @ noise.T / 0.3).exp().mean().mul(K).log()
     torch.testing.assert_close(criterion.log_z, expected, rtol=1e-6, atol=0)
-    first = criterion.log_z.clone()
+    first = criterion.log_z
     for _ in range(3):
         criterion(torch.randn(N, D), torch.arange(N))
         assert torch.equal(criterion.log_z, first)
 
 
 def test_normaliser_is_of_training():
-    """Not of an evaluation before it; with a state of before it, a new one."""
+    """Not of an evaluation before it; with a state of before, a new one."""
     criterion, given = InstanceDiscrimination(K, D, num_negatives=5), (torch.randn(N, D), torch.arange(N))
     assert criterion.eval()(*given).isfinite() and criterion.log_z.isnan()
     before = copy.deepcopy(criterion).state_dict()
@@ -221,11 +222,10 @@ def test_estimate_as_specified(noise):
     """Also from more noise rows than there are instances."""
     criterion = InstanceDiscrimination(K, D, 0.3, num_negatives=noise, generator=drawn())
     bank, query, indices = criterion.bank.rows, torch.randn(N, D, requires_grad=True), torch.arange(N)
-    chosen = torch.randint(K, (noise,), generator=drawn())
+    options = {"noise": torch.randint(K, (noise,), generator=drawn())}
     loss = criterion(query, indices)
-    exact = reference.instance_discrimination(
-        query.double(), indices, bank.double(), 0.3, noise=chosen, log_z=criterion.log_z
-    )
+    options["log_z"] = criterion.log_z
+    exact = reference.instance_discrimination(query.double(), indices, bank.double(), 0.3, **options)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
 

@@ -204,6 +204,12 @@ INTEGER_ROWS = [
 ANY, CHOSEN = torch.zeros(N, 3).long(), {"negatives": rows(K)}
 NEGATIVES = [
     bad("in_batch=False alone", info_nce, ValueError, "negatives", in_batch=False),
+    *(
+        bad("of a queue", info_nce, ValueError, a, negatives=rows(K), **{a: value})
+        for a, value in (("ids", torch.arange(N)), ("log_q", torch.zeros(N)))
+    ),
+    bad("2e38", siglip_loss, ValueError, "logit_bias", logit_bias=2e38),
+    bad("NaN tensor", siglip_loss, ValueError, "logit_bias", logit_bias=torch.tensor(math.nan)),
     bad("indices alone", info_nce, ValueError, "negatives", negative_indices=ANY),
     *(bad(f"{value!r}", info_nce, TypeError, "in_batch", in_batch=value) for value in (0, "no", torch.tensor(True))),
     *(
@@ -294,7 +300,7 @@ OPTIONS = [
         for value in ("avg", "Mean", None, 1)
     ),
     *(bad("none", f, ValueError, "grad_reduction", grad_reduction="none") for f in LOSSES),
-    *(bad("ring", f, ValueError, "exchange", exchange="ring") for f in LOSSES),
+    *(bad("star", f, ValueError, "exchange", exchange="star") for f in LOSSES),
     *(
         bad(f"{value!r}", f, TypeError, "group", group=value)
         for f in (*LOSSES, contrastive_stats)

@@ -85,7 +85,7 @@ DRAWS = [
 OPTIONS = [
     *(bad(f"reduction {value!r}", ValueError, "reduction", reduction=value) for value in ("avg", "", "Mean", None, 1)),
     *(bad(f"grad_reduction {value!r}", ValueError, "grad_reduction", grad_reduction=value) for value in ("none", None)),
-    *(bad(f"exchange {value!r}", ValueError, "exchange", exchange=value) for value in ("ring", None)),
+    *(bad(f"exchange {value!r}", ValueError, "exchange", exchange=value) for value in ("star", None)),
     *(bad(f"normalize {value!r}", TypeError, "normalize", normalize=value) for value in ("yes", 1, 0)),
     *(bad(f"group {value!r}", TypeError, "group", group=value) for value in ("world", 3)),
 ]

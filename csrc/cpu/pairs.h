@@ -59,7 +59,9 @@ class IdCodes {
     std::for_each(p_b, p_b + n_b, widen);
     const uint64_t span = static_cast<uint64_t>(largest) - static_cast<uint64_t>(smallest);
     if (n_a + n_b == 0 || span <= std::numeric_limits<Id<T>>::max()) {
-      const auto code = [&](int64_t id) { return static_cast<Id<T>>(id - smallest); };
+      const auto code = [&](int64_t id) {
+        return static_cast<Id<T>>(static_cast<uint64_t>(id) - static_cast<uint64_t>(smallest));
+      };
       fill(rows_, p_a, n_a, code);
       fill(cols_, p_b, n_b, code);
     } else {

@@ -18,10 +18,11 @@ template <typename MakeScratch, typename Task>
 void run_tasks(int64_t count, const MakeScratch& make_scratch, const Task& task) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    int64_t t = next.fetch_add(1, std::memory_order_relaxed);
-    if (t >= count) return;
+    if (next.load(std::memory_order_relaxed) >= count) return;
+    // Before a task is taken: without memory for it no other task would wait for this one's turn.
     auto scratch = make_scratch();
-    for (; t < count; t = next.fetch_add(1, std::memory_order_relaxed)) task(scratch, t);
+    int64_t t;
+    while ((t = next.fetch_add(1, std::memory_order_relaxed)) < count) task(scratch, t);
   });
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from . import data, losses, model, optim
+from . import checkpoint, data, losses, model, optim
 from .errors import UsageError
 from .report import write_report
 from .train import Log, NonFiniteLoss, Trainer
@@ -75,6 +75,8 @@ def _parser(prog):
     group = parser.add_argument_group("output")
     group.add_argument("--log-every", type=count, default=10, help="steps between log lines (%(default)s)")
     group.add_argument("--eval-every", type=int, default=0, help="steps between probes; 0: before and after only")
+    group.add_argument("--checkpoint-every", type=int, default=0, help="steps between checkpoints (0: none)")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     group.add_argument("--no-probe", action="store_true", help="train without labels")
     return parser
 
@@ -84,6 +86,7 @@ def parse(arguments, prog):
     parser = _parser(prog)
     settings = parser.parse_args(arguments)
     for name, low, high in (("workers", 0, 1024), ("seed", 0, 2**63 - 1), ("eval_every", 0, 2**63 - 1),
+                            ("checkpoint_every", 0, 2**63 - 1),
                             ("warmup", 0, 1), ("weight_decay", 0, 1)):
         value = getattr(settings, name)
         if not low <= value <= high:
@@ -140,7 +143,8 @@ def run(settings):
     if distributed:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Beside NCCL a backend for the CPU: the losses' settings travel there, so that no step waits for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         return _run(settings, device, rank, world)
@@ -164,10 +168,20 @@ def _run(settings, device, rank, world):
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device, memory_format=torch.channels_last)
     lr = optim.scaled_lr(settings.lr, settings.batch, settings.lr_scaling)
-    log = Log(folder / "log.jsonl", enabled=rank == 0)
-    log.write("settings", **vars(settings), loss_settings=losses.describe(settings))
     optimizer = optim.build_optimizer(settings.optimizer, network, lr, settings.weight_decay)
-    trainer = Trainer(settings, source, network, losses.build(settings), optimizer, lr, log, device, rank, world)
+    criterion = losses.build(settings)
+    done, records = 0, ()
+    parts = {"network": network, "optimizer": optimizer}
+    if settings.resume:
+        done, records = checkpoint.load(folder, settings, parts, device, rank, world)
+    log = Log(folder / "log.jsonl", rank == 0, records)
+    if not done:
+        log.write("settings", **vars(settings), loss_settings=losses.describe(settings))
+
+    def keep(step):
+        checkpoint.save(folder, step, settings, parts, log, rank, world)
+
+    trainer = Trainer(settings, source, network, criterion, optimizer, lr, log, device, rank, world, done, keep)
     started = time.perf_counter()
     trainer.run()
     facts = dict(seconds=time.perf_counter() - started, device=_device_name(device), processes=world,

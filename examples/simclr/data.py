@@ -208,23 +208,25 @@ def collate(samples):
 
 
 class EpochBatches(Sampler):
-    """`steps` batches of (epoch, index) keys for one rank; each epoch a fresh order, its incomplete batch dropped.
+    """`steps` batches of (epoch, index) keys for one rank, less the first `done` ones; each epoch a fresh order, its
+    incomplete batch dropped.
 
     `batch` counts the pictures of all ranks: every rank gets its own contiguous share of each batch.
     """
 
-    def __init__(self, length, batch, steps, seed, rank=0, world=1):
-        self.length, self.batch, self.steps, self.seed = length, batch, steps, seed
+    def __init__(self, length, batch, steps, seed, rank=0, world=1, done=0):
+        self.length, self.batch, self.steps, self.seed, self.done = length, batch, steps, seed, done
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
 
     def __len__(self):
-        return self.steps
+        return self.steps - self.done
 
     def __iter__(self):
         per_epoch = self.length // self.batch
-        for step in range(self.steps):
+        order = None
+        for step in range(self.done, self.steps):
             epoch, position = divmod(step, per_epoch)
-            if position == 0:
+            if position == 0 or order is None:
                 generator = torch.Generator().manual_seed(view_seed(self.seed, epoch))
                 order = torch.randperm(self.length, generator=generator)
             batch = order[position * self.batch : (position + 1) * self.batch]

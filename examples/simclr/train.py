@@ -18,9 +18,11 @@ from .optim import warmup_cosine
 class Log:
     """One JSON object a line; on ranks other than 0 nothing is written."""
 
-    def __init__(self, path, enabled=True):
+    def __init__(self, path, enabled=True, records=()):
         self._file = open(path, "w", encoding="utf-8", buffering=1) if enabled else None
         self.records = []
+        for record in records:
+            self.write(**record)
 
     def write(self, event, **fields):
         self.records.append(dict(event=event, **fields))
@@ -40,9 +42,12 @@ class NonFiniteLoss(Exception):
 
 
 class Trainer:
-    """Holds what a run consists of; `run` does it. `settings` are the command line's, `criterion` is the loss."""
+    """Holds what a run consists of; `run` does it. `settings` are the command line's, `criterion` is the loss; `done`
+    steps were taken before, `keep(step)` makes a checkpoint."""
 
-    def __init__(self, settings, source, model, criterion, optimizer, lr, log, device, rank=0, world=1):
+    def __init__(self, settings, source, model, criterion, optimizer, lr, log, device, rank=0, world=1, done=0,
+                 keep=lambda step: None):
+        self.done, self.keep = done, keep
         self.settings, self.source, self.optimizer, self.lr, self.log = settings, source, optimizer, lr, log
         self.device, self.rank, self.world = device, rank, world
         self.model, self.criterion = model, criterion
@@ -50,16 +55,17 @@ class Trainer:
         self.warmup = round(settings.warmup * settings.steps)
 
     def run(self):
-        """Train for `settings.steps` steps, with probes before, in between and after."""
+        """Train up to `settings.steps` steps, with probes before, in between and after."""
         settings = self.settings
         batches = data.EpochBatches(len(self.source.train), settings.batch, settings.steps, settings.seed, self.rank,
-                                    self.world)
+                                    self.world, self.done)
         loader = data.train_loader(self.source, batches, settings.seed, settings.workers,
                                    pin=self.device.type == "cuda")
-        self.probe(0)
+        if not self.done:
+            self.probe(0)
         self.model.train()
         seconds = 0.1 if sys.stderr.isatty() else 15  # between updates: a file keeps every one of them
-        with tqdm(total=settings.steps, unit="step", disable=self.rank != 0, dynamic_ncols=True,
+        with tqdm(total=settings.steps, initial=self.done, unit="step", disable=self.rank != 0, dynamic_ncols=True,
                   mininterval=seconds) as bar:
             self._train(loader, bar)
         self.probe(settings.steps)
@@ -67,7 +73,7 @@ class Trainer:
     def _train(self, loader, bar):
         settings = self.settings
         clock, pictures = time.perf_counter(), 0
-        for step, (first, second, unreadable) in enumerate(loader, 1):
+        for step, (first, second, unreadable) in enumerate(loader, self.done + 1):
             self._report_unreadable(step, unreadable, first)
             loss, z1, z2 = self._step(step, first, second)
             pictures += settings.batch
@@ -82,6 +88,8 @@ class Trainer:
                 started = time.perf_counter()
                 self.probe(step)
                 clock += time.perf_counter() - started
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
+                self.keep(step)
 
     def _step(self, step, first, second):
         """One update of the model; returns the loss and both views' projections, detached."""

@@ -72,13 +72,16 @@ class NTXentLoss(nn.Module):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """With ref_emb the pairs are those of a row and a reference row."""
+        """With ref_emb the pairs are those of a row and a reference row; row i meets not reference row i where
+        ref_labels is the same tensor as labels."""
         name = "NTXentLoss"
         ids = columns = _checked(name, embeddings, labels, indices_tuple, ("embeddings", "labels"))
-        refs, own = None, len(ids)
+        refs, diagonal = None, True
         if ref_emb is not None or ref_labels is not None:
-            columns, own = _checked(name, ref_emb, ref_labels, None, ("ref_emb", "ref_labels")), 0
+            columns = _checked(name, ref_emb, ref_labels, None, ("ref_emb", "ref_labels"))
             checks.matrix_like(name, "ref_emb", ref_emb, embeddings)
+            # As in the original: the very labels of the rows say that row i of both is the same sample.
+            diagonal = ref_labels is labels
         z, dtype = product_rows(name, embeddings, True)
         scale, bound = scale_of(self.temperature, embeddings), product_bound(self.temperature, True)
         if ref_emb is None:
@@ -89,11 +92,13 @@ class NTXentLoss(nn.Module):
                 z, refs, scale, ids, columns, None, False, False, dtype, bound, None, name
             )
         total = PairSoftplus.apply(
-            z, refs, scale, negatives.to(scale.dtype), ids, columns, -1.0, False, True, dtype, None, name
-        )
+            z, refs, scale, negatives.to(scale.dtype), ids, None if refs is None else columns, -1.0, diagonal, True,
+            dtype, None, name,
+        )  # fmt: skip
         ordered = columns.sort().values
         positives = torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
-        return (total / (positives.sum() - own).clamp(min=1)).to(scale.dtype)
+        count = positives.sum() - (len(ids) if diagonal else 0)
+        return (total / count.clamp(min=1)).to(scale.dtype)
 
 
 class SupConLoss(nn.Module):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import resolve_group
 from ..losses import checks
-from ..losses.clip import clip_loss
-from ..losses.info_nce import info_nce
+from ..losses.batch import beside, needs_grad, open_batch, reduce_rows, scale_bound, softplus
+from ..ops.pairs import PairLogSumExp
+from ..ops.rows import product_rows
 
 NAME = "MultipleNegativesRankingLoss"
 # Whether rows are normalised, by the name of the similarity function.
@@ -21,7 +21,7 @@ FORWARD, SYMMETRIC = {"query_to_doc"}, {"query_to_doc", "doc_to_query"}
 
 
 class MultipleNegativesRankingLoss(nn.Module):
-    """`MultipleNegativesRankingLoss` of sentence_transformers, by `info_nce` and `clip_loss`.
+    """`MultipleNegativesRankingLoss` of sentence_transformers.
 
     L = mean_i [ log sum_d exp(scale sim(q_i, d)) - scale sim(q_i, d_i) ], d over the positives and the hard negatives
     of all rows. With directions=("query_to_doc", "doc_to_query") and partition_mode="per_direction" it is the mean of
@@ -92,20 +92,33 @@ class MultipleNegativesRankingLoss(nn.Module):
         """The loss of the columns: queries, their positives, and hard negatives in any number of columns."""
         if len(embeddings) < 2:
             raise ValueError(f"{NAME}: embeddings must be two or more columns, got {len(embeddings)}")
-        queries, positives, *hard = embeddings
+        queries, *others = embeddings
+        normalize = SIMILARITIES[self.similarity]
+        settings = {"columns": len(embeddings), "grad_reduction": "mean", "requires_grad": needs_grad(*embeddings)}
+
+        def check():
+            for number, column in enumerate(others, 2):
+                checks.pair(NAME, queries, column, ("column 1", f"column {number}"))
+            return queries, self.scale
+
         group = None if self.gather_across_devices else "local"
-        options = {"normalize": SIMILARITIES[self.similarity], "group": group}
-        if self.symmetric and not hard:
-            return clip_loss(queries, positives, self.scale, **options)
-        negatives = torch.cat(hard) if hard else None
-        if hard and resolve_group(NAME, group) is not None:
-            # Its backward adds up the gradients of all ranks.
-            negatives = torch.cat(dist.nn.functional.all_gather(negatives))
-        temperature = 1 / self.scale
-        loss = info_nce(queries, positives, negatives, temperature, in_batch=True, **options)
+        batch = open_batch(NAME, group, check, settings, argument="columns", number="scale")
+        (q, dtype), *rest = (product_rows(NAME, column, normalize) for column in embeddings)
+        scale, bound = beside(self.scale, queries), scale_bound(self.scale, normalize)
+        positive = scale.double() * (q * rest[0][0]).sum(1).double()
+
+        def negatives(rows: Tensor, columns: Tensor, own: bool) -> Tensor:
+            return PairLogSumExp.apply(
+                rows, columns, scale, None, None, None, False, own, dtype, bound, batch.ranks, NAME
+            )
+
+        # Positives of other queries, and all rows of the other columns.
+        lse = functools.reduce(torch.logaddexp, [negatives(q, d, own=k == 0) for k, (d, _) in enumerate(rest)])
+        loss = reduce_rows(softplus(lse - positive), "mean", batch)
         if self.symmetric:
-            loss = (loss + info_nce(positives, queries, None, temperature, **options)) / 2
-        return loss
+            back = softplus(negatives(rest[0][0], q, own=True) - positive)
+            loss = (loss + reduce_rows(back, "mean", batch)) / 2
+        return loss.to(scale.dtype)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the trainer writes into a model card."""

@@ -65,10 +65,10 @@ def alignment_loss(
         >>> loss = alignment_loss(z1, z2)
     """
     name = "alignment_loss"
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
 
     def check():
-        checks.options(name, **shared, exchange=exchange)
+        checks.options(name, **shared)
         checks.pair(name, z1, z2)
         return z1, 1.0
 
@@ -112,10 +112,10 @@ def uniformity_loss(
         torch.Size([256, 128])
     """
     name = "uniformity_loss"
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
 
     def check():
-        checks.options(name, **shared, exchange=exchange)
+        checks.options(name, **shared)
         _mean_only(name, reduction)
         checks.rows(name, "z", z)
         checks.number(name, "t", t)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..ops.chunked import compute_dtype
+from ..ops.similarity import softplus as softplus
 
 
 class Batch(NamedTuple):
@@ -42,7 +43,7 @@ def open_batch(
         x, _ = check()
         ranks, total, where = None, views * x.shape[0], ""
     else:
-        ranks = distributed.agree(name, process_group, check, settings, views, seed, number)
+        ranks = distributed.agree(name, process_group, check, settings, views, seed, argument, number)
         total, where = sum(ranks.counts), " over all ranks"
     if total < least:
         rows = "one row" if least == 1 else f"{least} rows"
@@ -56,8 +57,8 @@ def shape_of(x: object) -> object:
 
 
 def needs_grad(*tensors: object) -> list[object]:
-    """Which of them require grad, which decides what the backward exchanges."""
-    return [getattr(x, "requires_grad", None) for x in tensors]
+    """Which of them get a gradient: a rank whose backward does not come would leave the others waiting in theirs."""
+    return [torch.is_grad_enabled() and getattr(x, "requires_grad", False) for x in tensors]
 
 
 def beside(number: float | Tensor, x: Tensor) -> Tensor:
@@ -88,15 +89,6 @@ def product_bound(temperature: float | Tensor, normalize: bool) -> float:
 def scale_bound(logit_scale: float | Tensor, normalize: bool) -> float:
     """The same of logits multiplied by logit_scale."""
     return float(logit_scale) if normalize and not isinstance(logit_scale, Tensor) else -1.0
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact at both ends (torch's cuts off at 20, which float64 can see).
-
-    Of x = log-sum-exp of the negatives - positive it is the cross entropy of the positive against all of them: no
-    difference of two nearly equal numbers, and 0 with zero gradient where there is no negative.
-    """
-    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def reduce_rows(rows: Tensor, reduction: str, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("mean", "sum", "none")
 GRAD_REDUCTIONS = ("mean", "sum")
-EXCHANGES = ("gather",)
+EXCHANGES = ("gather", "ring")
 FORMS = ("out", "in")
 # Its reciprocal is a float32 number.
 SMALLEST = 1e-38
@@ -153,14 +153,17 @@ def one_element(name: str, argument: str, x: Tensor, device: torch.device) -> No
 
 
 def scalar(name: str, argument: str, value: object, device: torch.device) -> None:
-    """A finite number, or a one-element floating tensor on this device."""
+    """A finite number, or a one-element floating tensor of one on this device. That of a CUDA tensor is not read."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: {argument} must be a number or a one-element tensor, got {type(value).__name__}")
-        if not abs(value) <= LARGEST:
-            raise ValueError(f"{name}: {argument} must be finite, got {value}")
-        return
-    one_element(name, argument, value, device)
+    else:
+        one_element(name, argument, value, device)
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{name}: {argument} must be finite and at most {LARGEST}, got {value}")
 
 
 def matrix_like(name: str, argument: str, x: object, z: Tensor) -> None:
@@ -212,14 +215,12 @@ def random_generator(name: str, generator: object, device: torch.device | None) 
         raise ValueError(f"{name}: generator must be on {device}, as the rows, got {generator.device}")
 
 
-def constant(name: str, argument: str, value: object) -> float:
+def constant(name: str, argument: str, value: object, *, learnable: bool = False) -> float:
     """What a module keeps as a number: a positive number, or a one-element tensor of one that is not trained."""
     positive(name, argument, value, torch.device("cpu"))
     if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(
-            f"{name}: {argument} must be a number (learnable_{argument}=True makes it a parameter), "
-            "got a tensor that requires grad"
-        )
+        hint = f" (learnable_{argument}=True makes it a parameter)" if learnable else ""
+        raise ValueError(f"{name}: {argument} must be a number{hint}, got a tensor that requires grad")
     return float(value)
 
 

@@ -33,8 +33,7 @@ def dcl_loss(
 
     Returns:
         The loss, float32 (float64 for float64 input): a scalar, or [2n] for reduction "none". It has no lower bound.
-        One
-        pair alone has no negatives: its loss and gradient are 0. NaN in the data gives a NaN loss.
+        One pair alone has no negatives: its loss and gradient are 0. NaN in the data gives a NaN loss.
 
     Raises:
         TypeError, ValueError: as in `nt_xent`. RuntimeError: on differentiating twice.

@@ -23,7 +23,7 @@ from .. import ops
 from ..ops.rows import RowLogSumExp, loss_rows
 from . import checks, draws
 from .alignment import distances
-from .batch import Batch, open_batch, product_bound, reduce_rows, scale_of
+from .batch import Batch, needs_grad, open_batch, product_bound, reduce_rows, scale_of
 from .module import LossModule
 from .swd import Draw, sliced_wasserstein
 
@@ -80,20 +80,21 @@ def generalized_contrastive_loss(
         torch.Size([256, 128])
     """
     name = "generalized_contrastive_loss"
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
     own = {"distribution": distribution, "weight": weight, "loss_scale": loss_scale}
     draw = Draw(prior, None, None, None, generator, normalize)
 
     def check():
-        checks.options(name, **shared, exchange=exchange, by_prior=True)
+        checks.options(name, **shared, by_prior=True)
         checks.pair(name, z1, z2)
         checks.positive(name, "temperature", temperature, z1.device)
         draw.check(name, z1)
         _check_own(name, prior, **own)
         return z1, temperature
 
+    wanted = {"requires_grad": needs_grad(z1, z2, temperature)}
     batch = open_batch(
-        name, group, check, shared | draw.settings() | own, argument="z1 and z2", views=2,
+        name, group, check, shared | draw.settings() | own | wanted, argument="z1 and z2", views=2,
         seed=draw.seed if distribution == "swd" else lambda: 0,
     )  # fmt: skip
     rows = distances(name, z1, z2, draw.unit) / (2 * z1.shape[1])

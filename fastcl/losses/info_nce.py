@@ -61,13 +61,15 @@ def info_nce(
         >>> info_nce(query, keys, queue, temperature=0.2).backward()
     """
     name = "info_nce"
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
     per_row = {"ids": ids, "log_q": log_q, "negative_indices": negative_indices}
-    own = {"in_batch": in_batch, "negatives": shape_of(negatives), "requires_grad": needs_grad(query, keys)}
+    own = {"in_batch": in_batch, "negatives": shape_of(negatives)}
+    own["requires_grad"] = needs_grad(query, keys, temperature)
+    within = in_batch or (in_batch is None and negatives is None)
     own |= {key: None if value is None else "one" for key, value in per_row.items()}
 
     def check():
-        checks.options(name, **shared, exchange=exchange, in_batch=in_batch)
+        checks.options(name, **shared, in_batch=in_batch)
         checks.pair(name, query, keys, ("query", "keys"))
         checks.positive(name, "temperature", temperature, query.device)
         checks.negatives(name, query, negatives, in_batch, negative_indices)
@@ -76,6 +78,8 @@ def info_nce(
         if log_q is not None:
             checks.floating(name, "log_q", log_q)
             checks.same_length(name, "log_q", log_q, query)
+        if not within and (given := [key for key in ("ids", "log_q") if per_row[key] is not None]):
+            raise ValueError(f"{name}: {given[0]} must be None where no keys of the batch are negatives, got a tensor")
         return query, temperature
 
     batch = open_batch(name, group, check, shared | own, argument="query")
@@ -84,7 +88,7 @@ def info_nce(
     positive = scale.double() * (q * k).sum(1).double()
     bias = None if log_q is None else -log_q.detach().to(scale)
     lse = []
-    if in_batch or (in_batch is None and negatives is None):
+    if within:
         ids = None if ids is None else ids.long().contiguous()
         lse.append(PairLogSumExp.apply(q, k, scale, ids, None, bias, False, True, dtype, bound, batch.ranks, name))
         positive = positive if bias is None else positive + bias

@@ -63,12 +63,23 @@ def instance_discrimination_loss(
         >>> query, bank = torch.randn(8, 16, requires_grad=True), torch.nn.functional.normalize(torch.randn(100, 16))
         >>> instance_discrimination_loss(query, torch.arange(8), bank).backward()
     """
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
+    return with_normaliser(query, indices, bank, temperature, num_negatives, log_z, generator, group, shared)[0]
+
+
+def with_normaliser(
+    query: Tensor, indices: Tensor, bank: Tensor, temperature: float | Tensor, num_negatives: int | None,
+    log_z: float | Tensor | None, generator: torch.Generator | None, group, shared: dict,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The loss and, of the estimate, the log Z in use."""
     name = NAME
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
 
     def check():
-        checks.options(name, **shared, exchange=exchange)
-        check_rows(query, indices, bank)
+        checks.options(name, **shared)
+        checks.rows(name, "query", query)
+        checks.matrix_like(name, "bank", bank, query)
+        checks.integers(name, "indices", indices, [query.shape[0]], query.device)
+        checks.indices(name, "indices", indices, bank.shape[0])
         checks.positive(name, "temperature", temperature, query.device)
         if num_negatives is not None:
             checks.count(name, "num_negatives", num_negatives)
@@ -84,7 +95,7 @@ def instance_discrimination_loss(
         return 0 if num_negatives is None else draws.seed(generator)
 
     batch = open_batch(name, group, check, shared | own, argument="query", seed=seed)
-    rows = product_rows(name, query, normalize)
+    rows = product_rows(name, query, shared["normalize"])
     scale, indices, bank = scale_of(temperature, query), indices.long(), bank.detach()
     positive = scale.double() * (rows[0] * bank[indices].to(rows[1]).to(rows[0])).sum(1).double()
     if num_negatives is None:
@@ -92,17 +103,10 @@ def instance_discrimination_loss(
         others = PairLogSumExp.apply(
             rows[0], bank, scale, indices, places, None, False, False, rows[1], -1.0, None, name
         )
-        return reduce_rows(softplus(others - positive), reduction, batch).to(scale.dtype)
-    if batch.ranks is not None:
-        generator = torch.Generator(query.device).manual_seed(batch.ranks.seed)
-    noise = bank[torch.randint(len(bank), (num_negatives,), generator=generator, device=query.device)]
-    log_z = log_normaliser(rows, noise, scale, len(bank), batch) if log_z is None else beside(log_z, query).detach()
-    found = noise_rows(name, rows, noise, positive, scale, len(bank), log_z)
-    return reduce_rows(found, reduction, batch).to(scale.dtype)
-
-
-def check_rows(query: object, indices: object, bank: object) -> None:
-    checks.rows(NAME, "query", query)
-    checks.matrix_like(NAME, "bank", bank, query)
-    checks.integers(NAME, "indices", indices, [query.shape[0]], query.device)
-    checks.indices(NAME, "indices", indices, bank.shape[0])
+        found, log_z = softplus(others - positive), None
+    else:
+        drawn = generator if batch.ranks is None else torch.Generator(query.device).manual_seed(batch.ranks.seed)
+        noise = bank[torch.randint(len(bank), (num_negatives,), generator=drawn, device=query.device)]
+        log_z = log_normaliser(rows, noise, scale, len(bank), batch) if log_z is None else beside(log_z, query).detach()
+        found = noise_rows(name, rows, noise, positive, scale, len(bank), log_z)
+    return reduce_rows(found, shared["reduction"], batch).to(scale.dtype), log_z

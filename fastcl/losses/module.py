@@ -55,8 +55,10 @@ class FunctionLoss(LossModule):
         own = [temperature.replace(annotation="float")] if temperature else []
         cls.__signature__ = inspect.Signature([*own, *cls._own, *settings])
 
-    def __init__(self, **settings):
+    def __init__(self, *arguments: object, **settings):
         name = type(self).__name__
+        if arguments:
+            raise TypeError(f"{name}: arguments must have names, got {arguments[0]!r}")
         for key in settings:
             if key not in self._settings:
                 raise TypeError(f"{name}: keyword must be one of {', '.join(self._settings)}, got {key!r}")
@@ -80,7 +82,7 @@ class TemperatureLoss(FunctionLoss):
         name = type(self).__name__
         if temperature is _OF_FUNCTION:
             temperature = inspect.signature(self._function).parameters["temperature"].default
-        self._temperature = checks.constant(name, "temperature", temperature)
+        self._temperature = checks.constant(name, "temperature", temperature, learnable=True)
         checks.flag(name, "learnable_temperature", learnable_temperature)
         self.log_temperature = None
         if learnable_temperature:

@@ -39,7 +39,9 @@ def nt_xent(
         grad_reduction: "mean" where gradients are averaged over ranks afterwards (DistributedDataParallel), "sum"
             where they are summed. Either way parameters get the gradient that one process would compute. With reduction
             "none" each rank forms a number of its own, and "mean" gives the gradient of the mean of these numbers.
-        exchange: "gather", the rows of all ranks at once.
+        exchange: "gather", the rows of all ranks at once, or "ring", those of one rank after another while the last
+            ones are worked on: the same to rounding, in memory for two ranks' rows, and the rows move in the backward
+            too.
 
     Returns:
         The loss, float32 (float64 for float64 input): a scalar, or [2n] for reduction "none". One pair alone has no

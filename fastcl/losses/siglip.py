@@ -28,14 +28,13 @@ def siglip_loss(
     """SigLIP loss of images and texts, exact, without the N x N matrix of logits.
 
     L = 1/N sum_ij softplus(-t_ij (logit_scale <x_i, y_j> + logit_bias)), t_ii = 1 and t_ij = -1 elsewhere (Zhai et al.,
-    2023): summed over pairs, divided by rows. Memory is O(N D); one process forms loss and gradients from one visit of
-    each tile. Results repeat to the bit.
+    2023): summed over pairs, divided by rows. Memory is O(N D); one process forms the loss, unless its reduction is
+    "none", and both gradients from one visit of each tile. Results repeat to the bit.
 
     Args:
         image, text: features [N, D], row i of both belong together. float16, bfloat16, float32 or float64.
         logit_scale: positive number, or one-element floating tensor (which may require grad), already exponentiated.
-            The
-            value of a CUDA tensor is not checked: a bad one gives a NaN loss.
+            The value of a CUDA tensor is not checked: a bad one gives a NaN loss.
         logit_bias: number, or one-element floating tensor (which may require grad).
         normalize: divide rows by max(length, 1e-12) first. Default False: as in open_clip features come normalised.
         reduction: "mean" over the images of all ranks, "sum", or "none" for this rank's images [n].
@@ -55,12 +54,12 @@ def siglip_loss(
         >>> siglip_loss(image, text, logit_scale=10.0, logit_bias=-10.0).backward()
     """
     name = "siglip_loss"
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
     bias = "a tensor" if isinstance(logit_bias, Tensor) else logit_bias
-    own = {"logit_bias": bias, "requires_grad": needs_grad(image, text)}
+    own = {"logit_bias": bias, "requires_grad": needs_grad(image, text, logit_scale, logit_bias)}
 
     def check():
-        checks.options(name, **shared, exchange=exchange)
+        checks.options(name, **shared)
         checks.pair(name, image, text, ("image", "text"))
         checks.positive(name, "logit_scale", logit_scale, image.device, largest=checks.LARGEST)
         checks.scalar(name, "logit_bias", logit_bias, image.device)

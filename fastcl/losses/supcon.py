@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks
-from .batch import open_batch
+from .batch import needs_grad, open_batch
 from .module import TemperatureLoss
 from .positives import positives_loss
 
@@ -57,16 +57,17 @@ def supcon_loss(
         >>> supcon_loss(features, labels).backward()
     """
     name = "supcon_loss"
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
 
     def check():
-        checks.options(name, **shared, exchange=exchange, form=form)
+        checks.options(name, **shared, form=form)
         rows = checks.row_groups(name, "features", features)
         checks.integers(name, "labels", labels, [features.shape[0]], features.device)
         checks.positive(name, "temperature", temperature, features.device)
         return rows, temperature
 
-    batch = open_batch(name, group, check, shared | {"form": form}, argument="features")
+    own = {"form": form, "requires_grad": needs_grad(features, temperature)}
+    batch = open_batch(name, group, check, shared | own, argument="features")
     views = features.shape[1] if features.ndim == 3 else 1
     ids = labels.long().repeat_interleave(views)
     return positives_loss(name, features.reshape(-1, features.shape[-1]), ids, temperature, form, shared, batch)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ops.rows import loss_rows
 from ..ops.sorting import SlicedWasserstein
 from . import checks, draws
-from .batch import Batch, open_batch, shape_of
+from .batch import Batch, needs_grad, open_batch, shape_of
 from .module import LossModule
 
 
@@ -55,7 +55,7 @@ def swd_loss(
         reduction: "mean" over the rows of all ranks, "sum", or "none" for this rank's rows: N times the mean over the
             projections of each row's part.
         group, grad_reduction: as in `nt_xent`. Over ranks L is that of the rows of all ranks together.
-        exchange: "gather": ranks exchange projections, each sorts its share of them.
+        exchange: either way ranks exchange projections, each sorts its share of them.
 
     Returns:
         The loss, float32 (float64 for float64 input): a scalar, or [n] for reduction "none". NaN in the data sorts
@@ -79,16 +79,17 @@ def swd_loss(
         torch.Size([256, 128])
     """
     name = "swd_loss"
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
     draw = Draw(prior, prior_samples, projections, num_projections, generator, normalize)
 
     def check():
-        checks.options(name, **shared, exchange=exchange, by_prior=True)
+        checks.options(name, **shared, by_prior=True)
         checks.rows(name, "z", z)
         draw.check(name, z)
         return z, 1.0
 
-    batch = open_batch(name, group, check, shared | draw.settings(), argument="z", seed=draw.seed)
+    own = draw.settings() | {"requires_grad": needs_grad(z)}
+    batch = open_batch(name, group, check, shared | own, argument="z", seed=draw.seed)
     rows = sliced_wasserstein(name, z, draw, reduction != "none", batch)
     # A copy: the caller may change it in place, and the backward keeps the original.
     return rows / batch.total if reduction == "mean" else rows.clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.similarity import TwoViewLoss
 from . import checks
-from .batch import open_batch, product_bound, scale_of
+from .batch import needs_grad, open_batch, product_bound, scale_of
 
 Coefficients = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 
@@ -37,17 +37,18 @@ def two_view_loss(
     `check` and `settings` are for arguments that this loss has beside the shared ones, `arguments` what messages call
     z1 and z2.
     """
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
 
     def check_all():
-        checks.options(name, **shared, exchange=exchange)
+        checks.options(name, **shared)
         checks.pair(name, z1, z2, arguments)
         checks.positive(name, "temperature", temperature, z1.device)
         check()
         return z1, temperature
 
     both = " and ".join(arguments)
-    ranks, total = open_batch(name, group, check_all, {**shared, **settings}, argument=both, views=2)
+    agreed = {**shared, **settings, "requires_grad": needs_grad(z1, z2, temperature)}
+    ranks, total = open_batch(name, group, check_all, agreed, argument=both, views=2)
     scale, bound = scale_of(temperature, z1), product_bound(temperature, normalize)
     lse_coef, pos_coef = coefficients(scale)
     loss = TwoViewLoss.apply(

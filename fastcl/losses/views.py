@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .batch import open_batch
+from .batch import needs_grad, open_batch
 from .positives import positives_loss
 from .two_view import two_view_loss
 
@@ -48,22 +48,22 @@ def nt_xent_views(
         >>> loss = nt_xent_views([torch.randn(8, 16) for _ in range(4)], temperature=0.2)
     """
     name = "nt_xent_views"
-    options = {"group": group, "exchange": exchange}
-    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction}
+    shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
     if isinstance(views, (list, tuple)) and len(views) == 2:
         return two_view_loss(
             name, *views, temperature, lambda scale: (None, None),
-            settings={"views": 2}, arguments=("view 1", "view 2"), **shared, **options,
+            settings={"views": 2}, arguments=("view 1", "view 2"), group=group, **shared,
         )  # fmt: skip
 
     def check():
-        checks.options(name, **shared, exchange=exchange)
+        checks.options(name, **shared)
         checks.view_list(name, views)
         checks.positive(name, "temperature", temperature, views[0].device)
         return views[0], temperature
 
     count = len(views) if isinstance(views, (list, tuple)) else 0
-    batch = open_batch(name, group, check, shared | {"views": count}, argument="views", views=count)
+    own = {"views": count, "requires_grad": needs_grad(*(views if count else ()), temperature)}
+    batch = open_batch(name, group, check, shared | own, argument="views", views=count)
     # An image is its place among those of all ranks.
     first = 0 if batch.ranks is None else batch.ranks.first_row // count
     ids = torch.arange(first, first + len(views[0]), device=views[0].device).repeat(count)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import ops
-from ..distributed import Ranks
+from ..distributed import Block, Ranks, blocks, columns_of
 from .double_backward import refuse_double_backward
+from .joining import add_up, join_lse
 from .similarity import shared_weights
 
 
@@ -47,19 +48,27 @@ class PairLogSumExp(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         a, b = a.to(dtype), b.to(dtype)
         ids_b = ids_a if ids_b is None else ids_b
-        columns, ids_columns, biases = (
-            x if x is None or ranks is None else ranks.gather_rows(x) for x in (b, ids_b, bias)
-        )
+        columns = columns_of(ranks, b)
+        ids_columns, biases = (x if x is None or ranks is None else ranks.gather_vector(x) for x in (ids_b, bias))
         ctx.first = 0 if ranks is None else ranks.first_row
-        # An offset behind the last column leaves none out.
-        ctx.offset = ctx.first if diagonal else columns.shape[0]
         ctx.same = "keep" if ids_a is None else "drop"
-        found = ops.lse_forward(
-            a, columns, scale, bound, ctx.offset, 0,
-            ids_a=ids_a, ids_b=ids_columns, same=ctx.same, bias=biases, columns=both,
-        )  # fmt: skip
-        if both and ranks is not None:
-            found[1] = ranks.logsumexp(found[1])[ctx.first : ctx.first + b.shape[0]]
+        ends = []
+
+        def visited():
+            for block in blocks(ranks, columns):
+                found, *end = ops.lse_forward(
+                    a, block.rows, scale, bound, _offset(ctx, diagonal, block), 0,
+                    ids_a=ids_a, ids_b=block.of(ids_columns), same=ctx.same, bias=block.of(biases), columns=both,
+                )  # fmt: skip
+                ends.extend((block.first, x) for x in end)
+                yield [found]
+
+        found = join_lse(visited())
+        if both:
+            ends = torch.cat([x for _, x in sorted(ends, key=lambda end: end[0])])
+            if ranks is not None:
+                ends = ranks.logsumexp(ends)[ctx.first : ctx.first + b.shape[0]]
+            found.append(ends)
         ctx.both, ctx.diagonal, ctx.bound, ctx.ranks, ctx.name = both, diagonal, bound, ranks, name
         found = [lse.clone() for lse in found]
         ctx.save_for_backward(a, b, columns, scale, ids_a, ids_b, ids_columns, bias, biases, *found)
@@ -90,11 +99,15 @@ def _pair_backward(ctx: FunctionCtx, grads: list[Tensor]):
         # One direction has no weights of the columns.
         w, every_w, every_lse = (x + [None] if len(x) == 1 else x for x in (w, every_w, every_lse))
     w, every_w = ([None if x is None else x.to(scale.dtype) for x in v] for v in (w, every_w))
-    masks = {"ids_a": ids_a, "ids_b": ids_columns, "same": ctx.same, "bias": biases}
     fused = wants_b and ranks is None
-    found = ops.lse_backward(
-        a, columns, scale, ctx.bound, ctx.offset, 0, lse[0], every_lse[1], w[0], every_w[1], **masks, columns=fused
-    )
+    found = add_up(
+        ops.lse_backward(
+            a, block.rows, scale, ctx.bound, _offset(ctx, ctx.diagonal, block), 0,
+            lse[0], block.of(every_lse[1]), w[0], block.of(every_w[1]),
+            ids_a=ids_a, ids_b=block.of(ids_columns), same=ctx.same, bias=block.of(biases), columns=fused,
+        )
+        for block in blocks(ranks, columns)
+    )  # fmt: skip
     factor = (peak * scale).to(found[0].dtype)
     d_scale = None
     if ctx.needs_input_grad[2]:
@@ -107,22 +120,31 @@ def _pair_backward(ctx: FunctionCtx, grads: list[Tensor]):
     return factor * found[0], db, d_scale
 
 
+def _offset(ctx: FunctionCtx, diagonal: bool, block: Block) -> int:
+    """Of the column that row 0 leaves out. One behind the last leaves none out."""
+    return ctx.first - block.first if diagonal else block.rows.shape[0]
+
+
 def _columns_over_ranks(ctx: FunctionCtx, w: list, every_w: list, lse: list[Tensor], every_lse: list) -> Tensor:
     """W^T a for this rank's columns, with the rows of all ranks."""
     a, b, _, scale, ids_a, ids_b, _, bias, *_ = ctx.saved_tensors
-    rows = ctx.ranks.gather_rows(a)
-    ids_rows = None if ids_a is None else ctx.ranks.gather_rows(ids_a)
-    if bias is not None:
-        # The kernels' bias belongs to columns: here one more product than needed is formed, W b.
-        offset = -ctx.first if ctx.diagonal else b.shape[0]
-        return ops.lse_backward(
-            rows, b, scale, ctx.bound, offset, 0, every_lse[0], None, every_w[0], None,
-            ids_a=ids_rows, ids_b=ids_b, same=ctx.same, bias=bias, columns=True,
-        )[1]  # fmt: skip
+    ids_rows = None if ids_a is None else ctx.ranks.gather_vector(ids_a)
     # Rows and columns in each other's place; an lse of -inf takes no part.
     own = lse[1] if ctx.both else lse[0].new_full((b.shape[0],), -torch.inf)
-    (found,) = ops.lse_backward(
-        b, rows, scale, ctx.bound, ctx.first if ctx.diagonal else rows.shape[0], 0, own, every_lse[0], w[1], every_w[0],
-        ids_a=ids_b, ids_b=ids_rows, same=ctx.same,
-    )  # fmt: skip
+
+    def visited(block: Block) -> list[Tensor]:
+        ids = block.of(ids_rows)
+        if bias is not None:
+            # The kernels' bias belongs to columns: here one more product than needed is formed, W b.
+            offset = block.first - ctx.first if ctx.diagonal else b.shape[0]
+            return ops.lse_backward(
+                block.rows, b, scale, ctx.bound, offset, 0, block.of(every_lse[0]), None, block.of(every_w[0]), None,
+                ids_a=ids, ids_b=ids_b, same=ctx.same, bias=bias, columns=True,
+            )[1:]  # fmt: skip
+        return ops.lse_backward(
+            b, block.rows, scale, ctx.bound, _offset(ctx, ctx.diagonal, block), 0,
+            own, block.of(every_lse[0]), w[1], block.of(every_w[0]), ids_a=ids_b, ids_b=ids, same=ctx.same,
+        )  # fmt: skip
+
+    (found,) = add_up(visited(block) for block in blocks(ctx.ranks, columns_of(ctx.ranks, a)))
     return found

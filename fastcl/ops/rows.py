@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import ops
-from ..distributed import Ranks
+from ..distributed import Ranks, blocks, columns_of
 from .chunked import compute_dtype, unit_rows
 from .double_backward import refuse_double_backward
+from .joining import add_up, join_lse
 from .similarity import shared_weights, upstream_weights
 
 
@@ -59,7 +60,7 @@ def product_rows(name: str, z: Tensor, unit: bool) -> tuple[Tensor, torch.dtype]
     return (UnitRows.apply(z, dtype, name) if unit else z.to(compute_dtype(z.dtype))), dtype
 
 
-def _exchanged(z: Tensor) -> Tensor:
+def _swapped(z: Tensor) -> Tensor:
     """J z: the last two features in each other's place."""
     return torch.cat([z[:, :-2], z[:, -1:], z[:, -2:-1]], 1)
 
@@ -80,21 +81,24 @@ class RowLogSumExp(torch.autograd.Function):
         same: str,
         dtype: torch.dtype,
         bound: float,
-        exchange: bool,
+        swap: bool,
         total: bool,
         ranks: Ranks | None,
         name: str,
     ) -> Tensor | tuple[Tensor, ...]:
         z = z.to(dtype)
-        columns = z if ranks is None else ranks.gather_rows(z)
         # Without other columns the kernels use the symmetry.
-        columns = _exchanged(columns) if exchange else None if ranks is None else columns
+        columns = None if ranks is None and not swap else columns_of(ranks, _swapped(z) if swap else z)
         ids_columns = None if ids is None or ranks is None else ranks.gather_vector(ids)
-        offset = 0 if ranks is None else ranks.first_row
-        lse, *positives = ops.lse_forward(
-            z, columns, scale, bound, offset, 0, ids_a=ids, ids_b=ids_columns, same=same
-        )
-        ctx.bound, ctx.offset, ctx.total, ctx.ranks = bound, offset, total, ranks
+        first = 0 if ranks is None else ranks.first_row
+        lse, *positives = join_lse(
+            ops.lse_forward(
+                z, block.rows, scale, bound, first - block.first, 0,
+                ids_a=ids, ids_b=block.of(ids_columns), same=same,
+            )
+            for block in blocks(ranks, columns)
+        )  # fmt: skip
+        ctx.bound, ctx.first, ctx.total, ctx.ranks = bound, first, total, ranks
         ctx.same, ctx.name = same, name
         if total:
             lse = lse.logsumexp(0)
@@ -126,18 +130,22 @@ def _row_lse_backward(ctx: FunctionCtx, grad: Tensor, grad_sums: Tensor | None):
         # dL/dz = s W z with W of the log-sum-exp; the sums' part of it is their gradient / s.
         grad, rows, others = shared_weights([grad, -grad_sums / scale], ranks)
         weights, pulls = [[rows[k].to(scale.dtype), others[k].to(scale.dtype)] for k in range(2)]
-    count = z.shape[0] if columns is None else columns.shape[0]
     if ctx.total:
-        lse_rows, lse_columns = lse.expand(z.shape[0]).contiguous(), lse.expand(count).contiguous()
+        count = z.shape[0] if ranks is None else sum(ranks.counts)
+        lse_rows, lse_columns = (lse.expand(n).contiguous() for n in (z.shape[0], count))
     else:
         lse_rows = lse_columns = lse
         if ranks is not None:
             lse_columns = ranks.gather_vector(lse.to(scale.dtype))
     if columns is None:
         lse_columns = weights[1] = pulls[1] = None
-    (found,) = ops.lse_backward(
-        z, columns, scale, ctx.bound, ctx.offset, 0, lse_rows, lse_columns, *weights,
-        ids_a=ids, ids_b=ids_columns, same=ctx.same, pull_a=pulls[0], pull_b=pulls[1],
+    (found,) = add_up(
+        ops.lse_backward(
+            z, block.rows, scale, ctx.bound, ctx.first - block.first, 0,
+            lse_rows, block.of(lse_columns), weights[0], block.of(weights[1]),
+            ids_a=ids, ids_b=block.of(ids_columns), same=ctx.same, pull_a=pulls[0], pull_b=block.of(pulls[1]),
+        )
+        for block in blocks(ranks, columns)
     )  # fmt: skip
     dz = (grad * scale).to(found.dtype) * found
     d_scale = None

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import ops
-from ..distributed import Ranks
+from ..distributed import Ranks, blocks, columns_of
 from .double_backward import refuse_double_backward
+from .joining import add_up, join_lse
 
 
 class TwoViewLoss(torch.autograd.Function):
@@ -48,13 +49,17 @@ class TwoViewLoss(torch.autograd.Function):
         name: str,
     ) -> Tensor:
         z, rnorm, pos = ops.normalize_pair(x1, x2, normalize)
-        columns = None if ranks is None else ranks.gather_rows(z)
+        columns = None if ranks is None else columns_of(ranks, z)
         # One number a row: float64 is free, and nothing below rounds what the kernels computed.
         pos = torch.cat([pos, pos]).double()
-        offset = 0 if ranks is None else ranks.first_row
+        first = 0 if ranks is None else ranks.first_row
+        (lse,) = join_lse(
+            ops.lse_forward(z, block.rows, scale, bound, first - block.first, x1.shape[0])
+            for block in blocks(ranks, columns)
+        )
         # One pair alone has no negatives: x = -inf, loss 0 and gradient 0, to the bit.
-        x = ops.lse_forward(z, columns, scale, bound, offset, x1.shape[0])[0] - scale * pos
-        rows = _log1p_exp(x) if positive_counts else torch.where(x == -torch.inf, 0.0, x)
+        x = lse - scale * pos
+        rows = softplus(x) if positive_counts else torch.where(x == -torch.inf, 0.0, x)
         if lse_coef is not None:
             rows = lse_coef * rows - _rest(scale, lse_coef, pos_coef) * pos
         ctx.bound, ctx.reduce, ctx.ranks, ctx.name = bound, reduce, ranks, name
@@ -74,8 +79,12 @@ class TwoViewLoss(torch.autograd.Function):
         return *refuse_double_backward(ctx.name, ctx.saved_tensors[-1], (grad,), *grads), *[None] * 6
 
 
-def _log1p_exp(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact at both ends (torch's softplus cuts off at 20, which float64 can see)."""
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact at both ends (torch's cuts off at 20, which float64 can see).
+
+    Of x = log-sum-exp of the negatives - positive it is the cross entropy of the positive against all of them: no
+    difference of two nearly equal numbers, and 0 with zero gradient where there is no negative.
+    """
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
@@ -113,15 +122,19 @@ def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
     grad, w, w_columns = upstream_weights(grad, ctx.reduce, ranks)
     # The log-sum-exp that divides the row's weights, and of the positive: 1 - p, as the share of the negatives.
     if ctx.positive_counts:
-        lse, share = scale * pos + _log1p_exp(x), torch.sigmoid(x)
+        lse, share = scale * pos + softplus(x), torch.sigmoid(x)
     else:
         lse, share = scale * pos + x, (x != -torch.inf).to(x.dtype)
     # float32 over the wire: half a unit in its last place is what ranks may differ by.
     lse_columns = None if ranks is None else ranks.gather_vector(lse.to(scale.dtype))
-    offset = 0 if ranks is None else ranks.first_row
-    grad_lse = ops.lse_backward(
-        z, columns, scale, ctx.bound, offset, z.shape[0] // 2, lse, lse_columns, w, w_columns
-    )[0]
+    first = 0 if ranks is None else ranks.first_row
+    (grad_lse,) = add_up(
+        ops.lse_backward(
+            z, block.rows, scale, ctx.bound, first - block.first, z.shape[0] // 2,
+            lse, block.of(lse_columns), w, block.of(w_columns),
+        )
+        for block in blocks(ranks, columns)
+    )  # fmt: skip
     lse_grad = grad if lse_coef is None else grad * lse_coef
     pull_grad = lse_grad * scale
     share = share if w is None else w * share

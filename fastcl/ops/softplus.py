@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .. import ops
-from ..distributed import Ranks
+from ..distributed import Block, Ranks, blocks, columns_of
 from .double_backward import refuse_double_backward
+from .joining import add_up
 from .similarity import shared_weights
 
 
 class PairSoftplus(torch.autograd.Function):
-    """(a [n, D], b [m, D] or None for a itself, scale, beta [n]) -> float64 f_i [n], or their sum over this rank's
-    rows.
+    """(a [n, D], b [m, D], scale, beta [n]) -> float64 f_i [n], or their sum over this rank's rows. In one process b
+    may be None, for a itself.
 
     `diagonal`: row i leaves out column i, its own (always without b). With ids, pairs of the same id only.
     Saved for backward: the operands in the dtype of the products, gathered columns (many ranks), two numbers a row;
@@ -49,20 +50,27 @@ class PairSoftplus(torch.autograd.Function):
         b = a if b is None else b.to(dtype)
         beta = beta.contiguous()
         if ranks is not None:
-            columns, ids_columns = (x if x is None else ranks.gather_rows(x) for x in (b, ids_b))
+            columns, ids_columns = columns_of(ranks, b), None if ids_b is None else ranks.gather_vector(ids_b)
         else:
             # Without other columns the kernels use the symmetry.
             columns, ids_columns = (None, None) if ctx.symmetric else (b, ids_b)
         ctx.first = 0 if ranks is None else ranks.first_row
-        offset = ctx.first if diagonal or ctx.symmetric else columns.shape[0]
-        masks = {"ids_a": ids_a, "ids_b": ids_columns, "same": "keep" if ids_a is None else "only"}
-        ctx.sign, ctx.offset, ctx.same, ctx.reduce = sign, offset, masks["same"], reduce
-        ctx.diagonal, ctx.ranks, ctx.name = diagonal, ranks, name
+        ctx.sign, ctx.reduce, ctx.same = sign, reduce, "keep" if ids_a is None else "only"
+        ctx.diagonal, ctx.ranks, ctx.name = diagonal or ctx.symmetric, ranks, name
         found: list[Tensor] = []
         if reduce and ranks is None and not ctx.symmetric and ctx.needs_input_grad[1]:
-            sums, slopes, *found = ops.softplus_both(a, columns, scale, beta, sign, offset, **masks)
+            offset = _offset(ctx, Block(columns, 0))
+            sums, slopes, *found = ops.softplus_both(
+                a, columns, scale, beta, sign, offset, ids_a=ids_a, ids_b=ids_columns, same=ctx.same
+            )
         else:
-            sums, slopes = ops.softplus_forward(a, columns, scale, beta, sign, offset, **masks)
+            sums, slopes = add_up(
+                ops.softplus_forward(
+                    a, block.rows, scale, beta, sign, _offset(ctx, block),
+                    ids_a=ids_a, ids_b=block.of(ids_columns), same=ctx.same,
+                )
+                for block in blocks(ranks, columns)
+            )  # fmt: skip
         out = sums.sum() if reduce else sums.clone()
         ctx.save_for_backward(a, b, columns, scale, beta, ids_a, ids_b, ids_columns, slopes, out, *found)
         return out
@@ -82,23 +90,18 @@ def _softplus_backward(ctx: FunctionCtx, grad: Tensor):
     else:
         peak, (w,), (every_w,) = shared_weights([grad], ranks)
         w, every_w = w.to(scale.dtype), every_w.to(scale.dtype)
-    masks = {"ids_a": ids_a, "ids_b": ids_columns, "same": ctx.same}
     every_beta = None if ranks is None else ranks.gather_vector(beta)
     wants_b = ctx.needs_input_grad[1] and not ctx.symmetric
     if not found and ranks is None and wants_b:
-        _, _, *found = ops.softplus_both(a, columns, scale, beta, ctx.sign, ctx.offset, w, **masks)
+        _, _, *found = ops.softplus_both(
+            a, columns, scale, beta, ctx.sign, _offset(ctx, Block(columns, 0)), w,
+            ids_a=ids_a, ids_b=ids_columns, same=ctx.same,
+        )  # fmt: skip
     elif not found:
-        # Of the same rows the columns' weights belong to the gradient as well.
-        sides = (beta, every_beta, w, every_w) if ctx.symmetric and ranks is not None else (beta, None, w, None)
-        found = [ops.softplus_backward(a, columns, scale, ctx.sign, ctx.offset, *sides, **masks)]
+        found = _one_side(ctx, a, columns, (beta, None, w, None), (ids_a, ids_columns))
         if wants_b:
-            ids_rows = None if ids_a is None else ranks.gather_rows(ids_a)
-            swapped = {"ids_a": ids_b, "ids_b": ids_rows, "same": ctx.same}
-            rows = ranks.gather_rows(a)
-            offset = ctx.first if ctx.diagonal else rows.shape[0]
-            found.append(
-                ops.softplus_backward(b, rows, scale, ctx.sign, offset, None, every_beta, None, every_w, **swapped)
-            )
+            ids_rows = None if ids_a is None else ranks.gather_vector(ids_a)
+            found += _one_side(ctx, b, columns_of(ranks, a), (None, every_beta, None, every_w), (ids_b, ids_rows))
     factor = (peak * ctx.sign * scale).to(found[0].dtype)
     d_scale = d_beta = None
     if ctx.needs_input_grad[2]:
@@ -108,3 +111,22 @@ def _softplus_backward(ctx: FunctionCtx, grad: Tensor):
     if ctx.needs_input_grad[3]:
         d_beta = (peak * (slopes if w is None else w * slopes)).to(beta.dtype)
     return factor * found[0], factor * found[1] if wants_b else None, d_scale, d_beta
+
+
+def _one_side(ctx: FunctionCtx, rows: Tensor, columns: Tensor | None, sides: tuple, ids: tuple) -> list[Tensor]:
+    """The gradient of the rows from beta and weights of (the rows, all columns)."""
+    scale, (beta_a, beta_b, w_a, w_b) = ctx.saved_tensors[3], sides
+    return add_up(
+        [
+            ops.softplus_backward(
+                rows, block.rows, scale, ctx.sign, _offset(ctx, block),
+                beta_a, block.of(beta_b), w_a, block.of(w_b), ids_a=ids[0], ids_b=block.of(ids[1]), same=ctx.same,
+            )
+        ]
+        for block in blocks(ctx.ranks, columns)
+    )  # fmt: skip
+
+
+def _offset(ctx: FunctionCtx, block: Block) -> int:
+    """Of the column that row 0 leaves out. One behind the last leaves none out."""
+    return ctx.first - block.first if ctx.diagonal else block.rows.shape[0]

@@ -27,8 +27,8 @@ ROWS = [
     Mutant(
         "terms of rows and columns not exchanged",
         ROWS_FILE,
-        "_exchanged(columns) if exchange",
-        "columns.clone() if exchange",
+        "_swapped(z) if swap else z)",
+        "z.clone() if swap else z)",
         LOSSES + "test_rows_not_normalised[chunked-uniformity-0.1-dtype1]",
     ),
     Mutant(
@@ -48,8 +48,8 @@ ROWS = [
     Mutant(
         "every rank's rows taken for the first",
         ROWS_FILE,
-        "offset = 0 if ranks is None else ranks.first_row",
-        "offset = 0",
+        "first = 0 if ranks is None else ranks.first_row",
+        "first = 0",
         LOSS_RANKS + "[contract-what=generalized_lse-2]",
     ),
     Mutant(

@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "PML: rows count as their own positives",
         METRIC_FILE,
-        "(positives.sum() - own)",
-        "positives.sum()",
+        "(len(ids) if diagonal else 0)",
+        "0",
         METRIC + "test_value_and_gradient[NTXentLoss-NTXentLoss-some of each-0.3]",
     ),
     Mutant(
@@ -78,22 +78,22 @@ MUTANTS = [
     Mutant(
         "sentence_transformers: one column of hard negatives",
         RANKING_FILE,
-        "torch.cat(hard) if hard else None",
-        "hard[0] if hard else None",
+        "enumerate(rest)])",
+        "enumerate(rest[:2])])",
         RANKING + "test_columns[5-2-forward]",
     ),
     Mutant(
         "sentence_transformers: both directions added",
         RANKING_FILE,
-        "temperature, **options)) / 2",
-        "temperature, **options))",
+        "(loss + reduce_rows(back, \"mean\", batch)) / 2",
+        "loss + reduce_rows(back, \"mean\", batch)",
         RANKING + "test_columns[3-2-symmetric]",
     ),
     Mutant(
         "sentence_transformers: hard negatives of this rank",
         RANKING_FILE,
-        "negatives = torch.cat(dist.nn.functional.all_gather(negatives))",
-        "negatives = negatives * 1",
+        "False, own, dtype, bound, batch.ranks, NAME",
+        "False, own, dtype, bound, batch.ranks if own else None, NAME",
         DROP_IN_RANKS + "[ranking-symmetric=False-2]",
     ),
 ]

@@ -10,8 +10,8 @@ FUNCTION = [
     Mutant(
         "s missing in the positives of the loss",
         SIMILARITY_FILE,
-        "x1.shape[0])[0] - scale * pos",
-        "x1.shape[0])[0] - pos",
+        "x = lse - scale * pos",
+        "x = lse - pos",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
     ),
     Mutant(
@@ -24,8 +24,8 @@ FUNCTION = [
     Mutant(
         "positives pulled as if p were 0",
         SIMILARITY_FILE,
-        "share = scale * pos + _log1p_exp(x), torch.sigmoid(x)",
-        "share = scale * pos + _log1p_exp(x), torch.ones_like(x)",
+        "lse, share = scale * pos + softplus(x), torch.sigmoid(x)",
+        "lse, share = scale * pos + softplus(x), torch.ones_like(x)",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
     ),
     Mutant(
@@ -179,8 +179,8 @@ DISTRIBUTED = [
     Mutant(
         "every rank draws with a seed of its own",
         RANKS_FILE,
-        "rows[0][5])",
-        "rows[dist.get_rank(group)][5])",
+        "rows[0][5], ring",
+        "rows[dist.get_rank(group)][5], ring",
         LOSS_RANKS + "[draws_are_those_of_rank_0-2]",
     ),
     Mutant(

@@ -80,8 +80,8 @@ PAIRS = [
     Mutant(
         "a row of the queue taken for the key",
         PAIRS_FILE,
-        "ctx.first if diagonal else columns.shape[0]",
-        "ctx.first",
+        "ctx.first - block.first if diagonal else block.rows.shape[0]",
+        "ctx.first - block.first",
         PAIR_LOSSES + "test_shapes[chunked-queue_nce-2-5-dtype0]",
     ),
     Mutant(
@@ -94,8 +94,8 @@ PAIRS = [
     Mutant(
         "upstream weights of the rows on the columns",
         PAIRS_FILE,
-        "lse[0], every_lse[1], w[0], every_w[1], **masks",
-        "lse[0], every_lse[1], w[0], every_w[0], **masks",
+        "block.of(every_lse[1]), w[0], block.of(every_w[1])",
+        "block.of(every_lse[1]), w[0], block.of(every_w[0])",
         PAIR_LOSSES + "test_every_reduction[chunked-clip-dtype1-True]",
     ),
     Mutant(
@@ -108,22 +108,22 @@ PAIRS = [
     Mutant(
         "offset not negated where ranks swap roles",
         PAIRS_FILE,
-        "offset = -ctx.first if",
-        "offset = ctx.first if",
+        "offset = block.first - ctx.first if",
+        "offset = ctx.first - block.first if",
         LOG_Q_RANKS,
     ),
     Mutant(
         "ids of the wrong rows gathered",
         PAIRS_FILE,
-        "ctx.ranks.gather_rows(ids_a)",
-        "ctx.ranks.gather_rows(ids_a).flip(0)",
+        "ctx.ranks.gather_vector(ids_a)",
+        "ctx.ranks.gather_vector(ids_a).flip(0)",
         LOG_Q_RANKS,
     ),
     Mutant(
         "self not left out of the columns' gradient over ranks",
         PAIRS_FILE,
-        "ctx.first if ctx.diagonal else rows.shape[0]",
-        "rows.shape[0]",
+        "b, block.rows, scale, ctx.bound, _offset(ctx, ctx.diagonal, block)",
+        "b, block.rows, scale, ctx.bound, block.rows.shape[0]",
         LOG_Q_RANKS,
     ),
     Mutant(
@@ -175,15 +175,15 @@ SOFTPLUS = [
     Mutant(
         "columns over ranks have weights of this rank's bias",
         SOFTPLUS_FILE,
-        "None, every_beta, None, every_w, **swapped",
-        "None, every_beta, None, None, **swapped",
+        "(None, every_beta, None, every_w)",
+        "(None, every_beta, None, None)",
         PAIR_RANKS + "[contract-family=siglip-2]",
     ),
     Mutant(
         "columns over ranks leave out the first rank's rows",
         SOFTPLUS_FILE,
-        "offset = ctx.first if ctx.diagonal else rows.shape[0]",
-        "offset = 0",
+        "ctx.first - block.first if ctx.diagonal else",
+        "0 if ctx.diagonal else",
         PAIR_RANKS + "[contract-family=siglip-2]",
     ),
 ]

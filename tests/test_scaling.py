@@ -1,0 +1,99 @@
+"""docs/scaling.md holds what benchmarks/scaling.py says, and its formulas what the tests of ranks count."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import scaling
+
+PAGE = ROOT / "docs" / "scaling.md"
+
+
+def test_the_tables_of_the_page_are_the_scripts():
+    text = PAGE.read_text(encoding="utf-8")
+    assert {name for _, name, _ in scaling.PAGE_TABLE.findall(text)} == set(scaling.TABLES)
+    assert scaling.with_tables(text) == text, "run: python benchmarks/scaling.py --page docs/scaling.md"
+    assert len(text.splitlines()) <= 200
+
+
+def test_the_measured_table_is_the_committed_one():
+    pattern = r"<!-- (benchmarks/results/\S+) -->\n\n(.*?)\n<!-- end -->"
+    ((path, included),) = re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert included == (ROOT / path).read_text()
+    rows = json.loads((ROOT / path).with_suffix(".json").read_text())["rows"]
+    assert included == scaling.measured_table(rows) + "\n"
+
+
+def test_an_input_changes_the_tables(monkeypatch):
+    before = {name: make() for name, make in scaling.TABLES.items()}
+    monkeypatch.setitem(scaling.INPUTS, "element", 4)
+    changed = {name for name, make in scaling.TABLES.items() if make() != before[name]}
+    assert changed == set(scaling.TABLES) - {"header"}
+
+
+@pytest.mark.parametrize("d", scaling.WIDTHS)
+def test_products_and_bytes(d):
+    """By hand: 64 ranks of 1,024 pairs. Whole waves of tiles are up to 132 tiles too many."""
+    found = scaling.predict("nt_xent", 64, 1024, d)
+    m, total = 2048, 64 * 2048
+    products = 3 * 2 * m * total * d / (scaling.INPUTS["matrix"] * scaling.INPUTS["efficiency"][d])
+    assert products <= found["compute"] <= 1.05 * products
+    assert (found["held by gather"], found["held by ring"]) == (2 * total * d, 2 * 2 * m * d)
+    assert found["wire of gather"] == 2 * total * d + 4 * total
+    assert found["wire of ring"] == pytest.approx(2 * 63 * 2 * m * d + 4 * total)
+    clip, siglip = (scaling.predict(loss, 64, 1024, d) for loss in ("clip_loss", "siglip_loss"))
+    assert clip["wire of gather"] - siglip["wire of gather"] == 36 * 64 * 1024
+    assert siglip["wire of ring"] == pytest.approx(3 * 63 * 2 * 1024 * d + 4 * 64 * 1024)
+
+
+def test_a_gather_is_never_faster_than_its_bytes_and_takes_longer_with_more_ranks():
+    size = 1e9
+    times = [scaling.gather_seconds(world, size) for world in (2, 8, 16, 64, 4096)]
+    assert times == sorted(times) and times[0] > size / 2 / scaling.INPUTS["nvlink"]
+
+
+def test_measuring(capsys, tmp_path):
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch is built without gloo")
+    path = tmp_path / "found.json"
+    assert scaling.main(["--measure", "--worlds", "2", "--d", "3", "--rounds", "2", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert capsys.readouterr().out == scaling.measured_table(rows) + "\n"
+    for row, what in zip(rows, scaling.UNEVEN, strict=True):
+        # What a way returned has been compared with the rows of all ranks.
+        assert row["what"] == what and not {"padded", "broadcasts"} & set(row["refused"])
+        assert min(ms["median"] for ms in row["ms"].values()) > 0
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--worlds", "1"], "--worlds: expected 2 or more, got [1]"),
+    (["--d", "0"], "--d: expected 1 or more"),
+    (["--rounds", "0"], "--rounds"),
+    (["--page", "missing.md"], "a page that exists, got missing.md"),
+    (["--json", "found.json"], "expected --measure"),
+    (["--gpu"], "--gpu"),
+])  # fmt: skip
+def test_bad_arguments_are_one_line(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        scaling.main(arguments)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("\n") == 1 and expected in message, message
+
+
+def test_page_in_place(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- benchmarks/scaling.py: header -->\nold\n<!-- end -->\nafter\n")
+    for _ in range(2):
+        assert scaling.main(["--page", str(page)]) == 0
+    assert page.read_text() == (
+        f"before\n<!-- benchmarks/scaling.py: header -->\n\n{scaling.header_table()}\n\n<!-- end -->\nafter\n"
+    )

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import cuda
 import drop_ins
+import exchanges
 import library
 import native
 import pairs
@@ -44,6 +45,7 @@ MUTANTS = [
     *library.MUTANTS,
     *pairs.MUTANTS,
     *drop_ins.MUTANTS,
+    *exchanges.MUTANTS,
     *sorting.MUTANTS,
 ]
 ROOT = Path(__file__).resolve().parents[2]

@@ -190,6 +190,9 @@ def blocks(ranks: Ranks | None, columns: Tensor | None) -> Iterator[Block]:
 @contextmanager
 def exchanging(name: str, what: str):
     """Says in which loss ranks waited for one that did not come."""
+    if torch.compiler.is_compiling():
+        # Every rank compiles a graph of its own, in which collectives could come in another order than on others.
+        torch._dynamo.graph_break()
     try:
         yield
     except RuntimeError as error:

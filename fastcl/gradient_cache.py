@@ -62,17 +62,18 @@ def cached_backward(
     states, found = [], []
     with torch.no_grad():
         for part in parts:
-            states.append(_Random.now(part.inputs))
+            states.append(_Random.now(part))
             found.append(part.rows())
     # Weights that autocast rounded without gradient must not be taken for those of the second pass.
     torch.clear_autocast_cache()
     places = iter(found)
     rows = [torch.cat([next(places) for _ in range(count)]).requires_grad_() for count in counts]
     loss = loss_fn(*rows)
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        loss.backward()
+    if all(x.grad is None for x in rows):
         got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{NAME}: loss_fn must return one number that depends on the rows, got {got}")
-    loss.backward()
     grads = [
         part
         for x, count, view in zip(rows, counts, views, strict=True)
@@ -81,7 +82,9 @@ def cached_backward(
     last = {id(part.encode): index for index, part in enumerate(parts)}
     for index, (part, state, grad) in enumerate(zip(parts, states, grads, strict=True)):
         with state.again(), _synchronised(part.encode, index == last[id(part.encode)]):
-            torch.autograd.backward(part.rows(), grad)
+            found = part.rows()
+            if found.requires_grad:
+                torch.autograd.backward(found, grad)
     return loss.detach()
 
 
@@ -105,8 +108,9 @@ class _Random(NamedTuple):
     states: list[Tensor]
 
     @staticmethod
-    def now(inputs: object) -> _Random:
-        devices = list({x.device for x in _tensors(inputs) if x.is_cuda})
+    def now(part: _Chunk) -> _Random:
+        parameters = part.encode.parameters() if isinstance(part.encode, nn.Module) else ()
+        devices = list({x.device for x in (*_tensors(part.inputs), *parameters) if x.is_cuda})
         return _Random(torch.get_rng_state(), devices, [torch.cuda.get_rng_state(device) for device in devices])
 
     @contextlib.contextmanager
@@ -133,14 +137,18 @@ def _check(encoder: object, views: object, loss_fn: object, chunks: object) -> l
     if len(encoders) != len(views):
         raise ValueError(f"{NAME}: encoder must be one, or one for each of {len(views)} views, got {len(encoders)}")
     for view in views:
-        lengths = {len(x) for x in _tensors(view) if x.ndim}
-        if len(lengths) != 1:
-            raise ValueError(f"{NAME}: views must have one number of samples each, got {sorted(lengths)}")
+        lengths = {len(x) if x.ndim else -1 for x in _tensors(view)}
+        if len(lengths) != 1 or -1 in lengths:
+            got = ["none" if length < 0 else length for length in sorted(lengths)]
+            raise ValueError(f"{NAME}: views must have one number of samples each, got {got}")
     for encode, view in zip(encoders, views, strict=True):
         # Its ranks gather parameters in every pass: one with fewer chunks would leave the others waiting.
         if _is_sharded(encode) and _length(view) < chunks:
             most = f"the samples of a sharded encoder, {_length(view)}"
             raise ValueError(f"{NAME}: chunks must be at most {most}, got {chunks}")
+        if getattr(getattr(encode, "_orig_mod", encode), "static_graph", False):
+            # It cannot leave the reduction out in its first step.
+            raise ValueError(f"{NAME}: encoder must have static_graph=False, got True")
     return encoders
 
 
@@ -169,12 +177,14 @@ def _cut(x: object, chunks: int) -> list[object]:
         return list(x.tensor_split(count))
     if isinstance(x, dict):
         return [dict(zip(x, part, strict=True)) for part in _cut(list(x.values()), count)]
-    return [type(x)(part) for part in zip(*(_cut(part, count) for part in x), strict=True)]
+    make = getattr(type(x), "_make", type(x))
+    return [make(part) for part in zip(*(_cut(part, count) for part in x), strict=True)]
 
 
 @contextlib.contextmanager
 def _synchronised(encode: object, last: bool):
     """Ranks reduce the gradients of an encoder in its last chunk only."""
+    encode = getattr(encode, "_orig_mod", encode)
     if last or not isinstance(encode, nn.Module):
         yield
     elif isinstance(encode, nn.parallel.DistributedDataParallel):

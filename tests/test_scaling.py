@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,3 +98,22 @@ def test_page_in_place(tmp_path):
     assert page.read_text() == (
         f"before\n<!-- benchmarks/scaling.py: header -->\n\n{scaling.header_table()}\n\n<!-- end -->\nafter\n"
     )
+
+
+def test_share_of_the_exchanges(tmp_path):
+    """Both exchanges on two ranks, and one rank that exchanges nothing."""
+    path = tmp_path / "ranks.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "compare_ranks.py", *"--pairs 64 --d 8 --steps 3 --json".split(), path],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["loss"], row["w"], row["exchange"]) for row in rows] == [
+        *((loss, 1, "gather") for loss in ("nt_xent", "clip_loss")),
+        *((loss, 2, exchange) for loss in ("nt_xent", "clip_loss") for exchange in ("gather", "ring")),
+    ]
+    for row in rows:
+        times = row["exchange_ms"]["median"], row["ms"]["median"]
+        assert times[0] == 0 < times[1] if row["w"] == 1 else 0 < times[0] <= times[1]
+    assert done.stdout.count("\n| ") == 1 + len(rows)

@@ -141,4 +141,44 @@ RESUMED = [
         RESUME + "test_refused_in_one_line",
     ),
 ]
-MUTANTS = [*EXCHANGE, *AGREED, *RESUMED]
+
+CACHE_FILE = "fastcl/gradient_cache.py"
+CACHE, CACHE_RANKS = "tests/test_gradient_cache.py::", "tests/test_gradient_cache_ranks.py::test_ranks"
+CACHED = [
+    Mutant(
+        "second pass with other random numbers",
+        CACHE_FILE,
+        "torch.set_rng_state(self.cpu)",
+        "torch.get_rng_state()",
+        CACHE + "test_dropout_and_the_generator_afterwards[3-True]",
+    ),
+    Mutant(
+        "first pass keeps its activations",
+        CACHE_FILE,
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+        CACHE + "test_activations_are_those_of_one_chunk[3-parts2]",
+    ),
+    Mutant(
+        "gradients reduced in every chunk",
+        CACHE_FILE,
+        "if last or not isinstance(encode, nn.Module):",
+        "if True:",
+        CACHE_RANKS + "[one_reduction_for_each_bucket-2]",
+    ),
+    Mutant(
+        "gradients never reduced",
+        CACHE_FILE,
+        "index == last[id(part.encode)]",
+        "False",
+        CACHE_RANKS + "[one_reduction_for_each_bucket-2]",
+    ),
+    Mutant(
+        "ranks order the exchanges of a compiled loss by themselves",
+        RANKS_FILE,
+        "if torch.compiler.is_compiling():",
+        "if False:",
+        "tests/test_distributed_compiled.py::test_ranks[all_compiled-what=siglip-2]",
+    ),
+]
+MUTANTS = [*EXCHANGE, *AGREED, *RESUMED, *CACHED]

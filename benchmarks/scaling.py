@@ -72,8 +72,8 @@ INPUTS = {
     "gloo hop": 50e-6,
     # Assumed: the host's time for one collective.
     "call": 20e-6,
-    # int64 numbers of a rank in the exchange that compares arguments: 6, and one a setting of nt_xent.
-    "header": 11,
+    # int64 numbers of a rank in the exchange that compares arguments (fastcl.distributed.HEADER).
+    "header": 28,
     # Assumed: what gathered rows may take of a GPU's memory before one looks for another way.
     "share": 0.05,
 }

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Numbers that ranks compare in a call: rows, features, dtype, temperature (two), seed; with the settings, all of them.
+FACTS, HEADER = 6, 28
 
 
 def resolve_group(name: str, group) -> dist.ProcessGroup | None:
@@ -31,9 +33,13 @@ def resolve_group(name: str, group) -> dist.ProcessGroup | None:
     available = dist.is_available() and dist.is_initialized()
     if group is None:
         group = dist.group.WORLD if available else None
+    elif available and group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name}: group must be one that this rank is part of, got one that it is not")
     elif isinstance(group, dist.DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{name}: group must be a one-dimensional DeviceMesh, got {group.ndim} dimensions")
+        if group.get_coordinate() is None:
+            raise ValueError(f"{name}: group must be one that this rank is part of, got a mesh that it is not in")
         group = group.get_group()
     elif not (available and isinstance(group, dist.ProcessGroup)):
         raise TypeError(
@@ -91,12 +97,10 @@ class Ranks:
             padded[: x.shape[0]] = x
         out = x.new_empty((most * len(self.counts), *x.shape[1:]))
         with exchanging(self.name, "gathering rows"):
-            dist.all_gather_into_tensor(out, padded, group=self.group)
+            _all_gather(out, padded, self.group)
         if min(self.counts) == most:
             return out
         return torch.cat([part[:count] for part, count in zip(out.split(most), self.counts, strict=True)])
-
-    gather_vector = gather_rows
 
     def ring_of_rows(self, x: Tensor) -> Iterator[Block]:
         """Every rank's rows, this one's first: each rank hands on what it holds, while that is worked on.
@@ -105,12 +109,14 @@ class Ranks:
         """
         world = len(self.counts)
         held, owner = x.contiguous(), self.rank
-        for _ in range(world - 1):
+        # What comes takes the place of what was worked on before.
+        places = [x.new_empty((max(self.counts), *x.shape[1:])) for _ in range(2)]
+        for step in range(world - 1):
             source = (owner - 1) % world
-            coming = x.new_empty((self.counts[source], *x.shape[1:]))
+            coming = places[step % 2][: self.counts[source]]
             transfers = [
-                dist.P2POp(call, rows, group=self.group, group_peer=(self.rank + step) % world)
-                for call, rows, step in ((dist.isend, held, 1), (dist.irecv, coming, -1))
+                dist.P2POp(call, rows, group=self.group, group_peer=(self.rank + toward) % world)
+                for call, rows, toward in ((dist.isend, held, 1), (dist.irecv, coming, -1))
                 if rows.numel()
             ]
             with exchanging(self.name, "handing on rows"):
@@ -128,7 +134,7 @@ class Ranks:
         """One number of every rank, [W]."""
         out = x.new_empty(len(self.counts))
         with exchanging(self.name, "gathering numbers"):
-            dist.all_gather_into_tensor(out, x.reshape(1), group=self.group)
+            _all_gather(out, x.reshape(1), self.group)
         return out
 
     def columns_to_rows(self, x: Tensor) -> Tensor:
@@ -187,6 +193,12 @@ def blocks(ranks: Ranks | None, columns: Tensor | None) -> Iterator[Block]:
         yield from ranks.ring_of_rows(columns)
 
 
+def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    # The name of before torch 2.13 warns there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x, group=group)
+
+
 @contextmanager
 def exchanging(name: str, what: str):
     """Says in which loss ranks waited for one that did not come."""
@@ -228,61 +240,83 @@ def agree(
     `settings` are those that all ranks must pass alike; the seed of rank 0 becomes that of all. A rank that raised
     alone, or took another path, would leave the others waiting in a collective until it times out.
 
-    The facts travel between CPUs where the group has a backend for that ("cpu:gloo,cuda:nccl", PyTorch's default):
-    no host then waits for its device. On a group of NCCL alone it does.
+    The facts travel between CPUs where the group has a backend for that, as "cpu:gloo,cuda:nccl" has: no host then
+    waits for its device. On a group of NCCL alone it does.
     """
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     error: Exception | None = None
-    count = d = dtype = setting = number = 0
+    facts = [0] * FACTS
     try:
-        x, temperature = check()
+        x, number = check()
         if x.device.type not in backends:
             served = " and ".join(f"{device} ({backend})" for device, backend in backends.items())
             raise ValueError(f"{name}: {argument} must be where the group works, {served}, got {x.device}")
-        count, d, dtype = views * x.shape[0], x.shape[1], DTYPES.index(x.dtype)
-        if not isinstance(temperature, Tensor):
-            setting = struct.unpack("q", struct.pack("d", temperature))[0]
-        number = seed()
-    except (TypeError, ValueError) as caught:
+        facts = [views * x.shape[0], x.shape[1], DTYPES.index(x.dtype), *_number_facts(number), seed()]
+    except Exception as caught:  # whatever it is, the others wait for this rank's facts
         error = caught
     if "cpu" not in backends and not torch.cuda.is_available():
         raise error or ValueError(f"{name}: group must have a backend for the CPU without a GPU, got {backends}")
     device = torch.device("cpu") if "cpu" in backends else torch.device("cuda", torch.cuda.current_device())
     hashes = [zlib.crc32(repr(_as_float(value)).encode()) for value in settings.values()]
-    facts = [error is not None, count, d, dtype, setting, number, *hashes]
-    mine = torch.tensor(facts, dtype=torch.int64, device=device)
-    every = mine.new_empty(dist.get_world_size(group) * mine.numel())
+    # Of one length, whatever the loss: ranks that call different ones shall find that out.
+    sent = [error is not None, zlib.crc32(name.encode()), *facts, *hashes]
+    mine = torch.tensor(sent + [0] * (HEADER - len(sent)), dtype=torch.int64, device=device)
+    every = mine.new_empty(dist.get_world_size(group) * HEADER)
     with exchanging(name, "comparing arguments"):
-        dist.all_gather_into_tensor(every, mine, group=group)
-    rows = every.view(-1, mine.numel()).tolist()
-    if error is not None:
-        raise error
-    failed = [rank for rank, row in enumerate(rows) if row[0]]
-    if failed:
-        raise ValueError(f"{name}: arguments must be valid on every rank, got an error on rank {failed[0]}")
-    for index, what in ((2, "feature dimension D"), (3, "dtype"), (4, number_name)):
-        values = [row[index] for row in rows]
-        if len(set(values)) > 1:
-            raise ValueError(f"{name}: {what} must be equal on all ranks, got {_show(index, values)}")
-    for index, (what, value) in enumerate(settings.items(), 6):
-        other = [rank for rank, row in enumerate(rows) if row[index] != hashes[index - 6]]
+        _all_gather(every, mine, group)
+        rows = every.view(-1, HEADER).tolist()
+    _raise_together(name, group, error, [rank for rank, row in enumerate(rows) if row[0]])
+    others = [rank for rank, row in enumerate(rows) if row[1] != sent[1]]
+    if others:
+        raise ValueError(f"{name}: the loss must be the same on all ranks, got another one on rank {others[0]}")
+    rows = [row[2:] for row in rows]
+    for places, what, show in (
+        (slice(1, 2), "feature dimension D", lambda facts: facts[0]),
+        (slice(2, 3), "dtype", lambda facts: str(DTYPES[facts[0]])),
+        (slice(3, 5), number_name, _show_number),
+    ):
+        values = [row[places] for row in rows]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name}: {what} must be equal on all ranks, got {[show(value) for value in values]}")
+    for index, (what, value) in enumerate(settings.items(), FACTS):
+        other = [rank for rank, row in enumerate(rows) if row[index] != hashes[index - FACTS]]
         if other:
             raise ValueError(f"{name}: {what} must be equal on all ranks, got {value!r} but not on rank {other[0]}")
-    counts = tuple(row[1] for row in rows)
+    counts = tuple(row[0] for row in rows)
     factor = float(len(counts)) if settings["grad_reduction"] == "mean" else 1.0
     ring = settings.get("exchange") == "ring"
-    return Ranks(group, counts, dist.get_rank(group), factor, rows[0][5], ring, name)
+    return Ranks(group, counts, dist.get_rank(group), factor, rows[0][FACTS - 1], ring, name)
+
+
+def _raise_together(name: str, group: dist.ProcessGroup, error: Exception | None, failed: list[int]) -> None:
+    """Where a rank failed, its own error there and what it says on all others."""
+    if not failed:
+        return
+    said: list[str] = [""] * dist.get_world_size(group)
+    with exchanging(name, "telling of an error"):
+        dist.all_gather_object(said, "" if error is None else str(error), group=group)
+    if error is not None:
+        raise error
+    where = f"an error on rank {failed[0]}: {said[failed[0]]}"
+    raise ValueError(f"{name}: arguments must be valid on every rank, got {where}")
+
+
+def _number_facts(number: object) -> list[int]:
+    """(what it is, its bits): a number, a tensor on the CPU, or one whose value nobody waits for."""
+    if not isinstance(number, Tensor):
+        return [0, struct.unpack("q", struct.pack("d", number))[0]]
+    if number.device.type != "cpu":
+        return [2, 0]
+    return [1, struct.unpack("q", struct.pack("d", number.item()))[0]]
+
+
+def _show_number(facts: list[int]) -> str:
+    kind, bits = facts
+    value = struct.unpack("d", struct.pack("q", bits))[0]
+    return (str(value), f"a tensor of {value}", "a tensor on a device")[kind]
 
 
 def _as_float(value: object) -> object:
     """1 and 1.0 are the same setting."""
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
     return float(value) if is_number else value
-
-
-def _show(index: int, values: list[int]) -> list:
-    if index == 3:
-        return [str(DTYPES[value]) for value in values]
-    if index == 4:
-        return [struct.unpack("d", struct.pack("q", value))[0] for value in values]
-    return values

@@ -9,7 +9,7 @@ of all rows has for every row a gradient dL/dz. Once these are known, chunks are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,8 @@ def cached_backward(
 
     Args:
         encoder: turns a view into rows [N, D]; or one encoder for each view, such as CLIP's two. Modules in
-            DistributedDataParallel, or sharded by `fully_shard`, exchange their gradients once, in the last chunk.
+            DistributedDataParallel, or sharded by `fully_shard`, exchange their gradients once, in the last chunk; of
+            a sharded one every rank needs as many samples as chunks.
         views: a tensor with samples along its first dimension for each view, or a dict, list or tuple of such tensors.
         loss_fn: called with the rows of every view, [N, D] each, returns a number. Its own parameters, such as a
             learned temperature, get their gradient from this call. For a GradScaler let it return the scaled loss.
@@ -45,8 +46,9 @@ def cached_backward(
         The loss, detached, on this rank what loss_fn returned. NaN in the data gives a NaN loss.
 
     Raises:
-        TypeError, ValueError: of wrong types, no views, views of different lengths in a dict, chunks below 1, or a loss
-        that is no number or does not depend on the rows.
+        TypeError, ValueError: of wrong types, no views, views of different lengths in a dict, chunks below 1, more
+        chunks than a sharded encoder has samples, DistributedDataParallel with static_graph, an encoder that returns
+        not one row a sample, or a loss that is no number or does not depend on the rows.
 
     Example:
         >>> import torch
@@ -159,7 +161,7 @@ def _is_sharded(encode: object) -> bool:
 def _tensors(x: object) -> list[Tensor]:
     if isinstance(x, Tensor):
         return [x]
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         x = list(x.values())
     if not isinstance(x, (list, tuple)):
         raise TypeError(f"{NAME}: views must be tensors, or dicts, lists or tuples of them, got {type(x).__name__}")
@@ -175,7 +177,7 @@ def _cut(x: object, chunks: int) -> list[object]:
     count = max(1, min(chunks, _length(x)))
     if isinstance(x, Tensor):
         return list(x.tensor_split(count))
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return [dict(zip(x, part, strict=True)) for part in _cut(list(x.values()), count)]
     make = getattr(type(x), "_make", type(x))
     return [make(part) for part in zip(*(_cut(part, count) for part in x), strict=True)]

@@ -25,7 +25,7 @@ from .sort import segmented_sort
 
 
 def _open(
-    name: str, group, argument: str, x: Tensor, rows: Tensor, check: Callable[[], None] = lambda: None
+    name: str, group, argument: str, x: Tensor, rows: Tensor, check: Callable[[], None] = lambda: None, **own: object
 ) -> Batch:
     """Check that x [N, D] fits the rows of a memory, here or on all ranks together."""
 
@@ -38,7 +38,7 @@ def _open(
         check()
         return x, 1.0
 
-    settings = {"grad_reduction": "mean", "size": len(rows)}
+    settings = {"grad_reduction": "mean", "size": len(rows), **own}
     return open_batch(name, group, check_all, settings, argument=argument, least=0)
 
 
@@ -143,7 +143,7 @@ class MemoryBank(nn.Module):
             checks.integers(name, "indices", indices, [features.shape[0]], features.device)
             checks.indices(name, "indices", indices, size)
 
-        batch = _open(name, self.group, "features", features, self.rows, check)
+        batch = _open(name, self.group, "features", features, self.rows, check, momentum=self.momentum)
         found = _gathered(batch, unit_rows(features)[0].to(self.rows.dtype))
         where = _gathered(batch, indices.long())
         # Writes of the same row would come in any order: all of them write what the last one does.
@@ -207,7 +207,7 @@ class InstanceDiscrimination(nn.Module):
     def forward(self, query: Tensor, indices: Tensor) -> Tensor:
         loss, log_z = with_normaliser(
             query, indices, self.bank.rows, self.temperature, self.num_negatives,
-            self.log_z if self._estimated else None, self.generator, self.group, self.settings,
+            self.log_z if self._estimated else None, self.generator, self.group, self.settings, self.training,
         )  # fmt: skip
         if self.training:
             if log_z is not None and not self._estimated:

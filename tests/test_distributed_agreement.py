@@ -23,6 +23,7 @@ from fastcl import (
     siglip_loss,
     supcon_loss,
     swd_loss,
+    uniformity_loss,
 )
 from fastcl.integrations.sentence_transformers import MultipleNegativesRankingLoss
 from test_distributed import close, outcomes, reduced, same_everywhere  # noqa: F401
@@ -41,6 +42,7 @@ LOSSES = {
     "siglip bias": lambda x, y, s: siglip_loss(x, y, 2.0, s),
     "supcon": lambda x, y, s: supcon_loss(torch.cat([x, y]), torch.arange(2 * len(x)) % 2, s),
     "views": lambda x, y, s: nt_xent_views([x, y, x + y], s),
+    "ring": lambda x, y, s: nt_xent(x, y, s, exchange="ring"),
 }
 
 
@@ -58,8 +60,52 @@ def gradients_are_wanted_together(rank, world):
             loss(*(x.requires_grad_() for x in leaves))
         with torch.set_grad_enabled(False):
             assert loss(*leaves).isfinite(), what
-    with pytest.raises(ValueError, match=WANTED):
-        swd_loss(torch.randn(3, 4, requires_grad=last))
+    for loss in (swd_loss, uniformity_loss):
+        with pytest.raises(ValueError, match=WANTED):
+            loss(torch.randn(3, 4, requires_grad=last))
+
+
+@case((2, 3))
+def the_same_loss_on_all_ranks(rank, world):
+    """Whatever the number of their settings."""
+    last = rank == world - 1
+    views = [torch.randn(3, 4) for _ in range(2)]
+    for odd in (dcl_loss, lambda *views: siglip_loss(*views, 1.0, 0.0)):
+        with pytest.raises(ValueError, match="the loss must be the same on all ranks, got another one on rank "):
+            odd(*views) if last else nt_xent(*views)
+
+
+@case((2, 3))
+def values_of_tensors_are_compared(rank, world):
+    """Those on the CPU, which nobody waits for."""
+    last = rank == world - 1
+    views = [torch.randn(3, 4) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"temperature must be equal on all ranks, got \['a tensor of 0.5', "):
+        nt_xent(*views, torch.tensor(0.25 if last else 0.5))
+    with pytest.raises(ValueError, match=r"temperature must be equal on all ranks, got \['0.5', "):
+        nt_xent(*views, torch.tensor(0.5) if last else 0.5)
+    with pytest.raises(ValueError, match="logit_bias must be equal on all ranks"):
+        siglip_loss(*views, 1.0, torch.tensor(-1.0 if last else -2.0))
+
+
+@case((2, 3))
+def an_error_is_told_to_all(rank, world):
+    views = [torch.randn(3, 4), torch.randn(3, 4 + (rank == world - 1))]
+    message = r"z1 and z2 must have the same shape \[N, D\], got \[3, 4\] and \[3, 5\]"
+    with pytest.raises(ValueError, match=message):
+        nt_xent(*views)
+
+
+@case((2, 3))
+def groups_of_others(rank, world):
+    """A rank that is not part of a group is told so."""
+    group, mesh = dist.new_group([0]), dist.DeviceMesh("cpu", [0])
+    for other in (group, mesh):
+        if rank:
+            with pytest.raises(ValueError, match="group must be one that this rank is part of"):
+                nt_xent(torch.randn(3, 4), torch.randn(3, 4), group=other)
+        else:
+            assert nt_xent(torch.randn(3, 4), torch.randn(3, 4), group=other).isfinite()
 
 
 @case((2, 3))
@@ -75,6 +121,10 @@ def a_rank_with_an_older_state(rank, world):
         criterion(torch.randn(3, 4), indices)
     criterion.load_state_dict(state)
     assert criterion(torch.randn(3, 4), indices).isfinite()
+    with pytest.raises(ValueError, match="training must be equal on all ranks"):
+        criterion.train(rank == 0)(torch.randn(3, 4), indices)
+    with pytest.raises(ValueError, match="momentum must be equal on all ranks"):
+        MemoryBank(9, 4, momentum=0.5 if rank else 0.25).update(indices, torch.randn(3, 4))
 
 
 @case((2, 3))
@@ -118,6 +168,12 @@ def ranking_refused_together(rank, world):
     last = rank == world - 1
     with pytest.raises(ValueError, match="columns must be equal on all ranks"):
         _ranking([torch.randn(3, 4) for _ in range(3 + last)])
+    with pytest.raises(ValueError, match="two or more columns"):
+        _ranking([torch.randn(3, 4) for _ in range(1 if last else 2)])
+    both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    for what, options in (("symmetric", both), ("similarity", {"similarity_fct": "dot_score"})):
+        with pytest.raises(ValueError, match=f"{what} must be equal on all ranks"):
+            _ranking([torch.randn(3, 4), torch.randn(3, 4)], **(options if last else {}))
     with pytest.raises(ValueError, match="same shape" if last else "got an error on rank"):
         _ranking([torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4 + last)])
 

@@ -178,6 +178,10 @@ def no_gradient_wanted(rank, world):
         close(loss, spec(*views, 0.5, seed=seed, dtype=torch.float64, reduction="mean"), 1e-12, what)
 
 
+# By either of its names.
+GATHER = "all_gather"
+
+
 @contextlib.contextmanager
 def _collectives():
     """[(collective, elements sent, elements received)] of what this rank takes part in."""
@@ -187,7 +191,7 @@ def _collectives():
 
     def spy(name, *args, **kwargs):
         tensors = [arg.numel() for arg in args if isinstance(arg, torch.Tensor)]
-        seen.append((name, tensors[-1], tensors[0]))
+        seen.append((GATHER if name.startswith("all_gather") else name, tensors[-1], tensors[0]))
         return originals[name](*args, **kwargs)
 
     try:
@@ -207,7 +211,7 @@ def _moved(function, *leaves):
         seen.clear()
         loss.backward()
         backward = list(seen)
-    assert forward[0][0] == "all_gather_into_tensor" and forward[0][1] < 32, forward
+    assert forward[0][0] == GATHER and forward[0][1] < 32, forward
     return forward[1:], backward
 
 
@@ -232,9 +236,9 @@ def uniformity_moves_rows_once(rank, world):
     z = torch.randn(n, WIDTH, requires_grad=True)
     for normalize, width in ((True, WIDTH), (False, WIDTH + 2)):
         forward, backward = _moved(functools.partial(uniformity_loss, normalize=normalize), z)
-        gathers = [entry[1:] for entry in forward if entry[0] == "all_gather_into_tensor"]
+        gathers = [entry[1:] for entry in forward if entry[0] == GATHER]
         assert gathers == [(n * width, world * n * width), (1, world)], forward
-        sums = [entry for entry in forward if entry[0] != "all_gather_into_tensor"]
+        sums = [entry for entry in forward if entry[0] != GATHER]
         assert all(entry[0] == "all_reduce" and entry[1] <= WIDTH for entry in sums) and len(sums) <= 1, forward
         assert not backward, backward
 
@@ -245,10 +249,10 @@ def alignment_and_lse_move_little(rank, world):
     views = [torch.randn(n, WIDTH, requires_grad=True) for _ in range(2)]
     assert _moved(alignment_loss, *views) == ([("all_reduce", 1, 1)], [])
     forward, backward = _moved(functools.partial(generalized_contrastive_loss, distribution="lse"), *views)
-    rows = ("all_gather_into_tensor", 2 * n * WIDTH, 2 * world * n * WIDTH)
+    rows = (GATHER, 2 * n * WIDTH, 2 * world * n * WIDTH)
     assert sorted(forward) == [rows, ("all_reduce", 1, 1), ("all_reduce", 1, 1)], forward
     # Of each row its log-sum-exp and its upstream gradient.
-    assert backward == [("all_gather_into_tensor", 2 * n, 2 * world * n)] * 2, backward
+    assert backward == [(GATHER, 2 * n, 2 * world * n)] * 2, backward
 
 
 @case((2,))

@@ -114,6 +114,15 @@ def memory_is_that_of_a_rank(rank, world):
         assert most == {"ring": held, "gather": world * held}, (what, most)
 
 
+@case((4,))
+def two_blocks_are_held(rank, world):
+    """Beside this rank's own rows: what is worked on and what is on its way."""
+    ranks, places = _agreed(), set()
+    for block in ranks.ring_of_rows(torch.full((2, 3), rank)):
+        places.add(block.rows.untyped_storage().data_ptr())
+    assert len(places) == 3
+
+
 @case((2, 3, 4))
 def bytes_of_a_ring(rank, world):
     """Each pass over the columns hands on (W - 1) blocks of n D floats: what other ranks have, once for nt_xent's

@@ -55,7 +55,7 @@ def load(folder, settings, modules, device, rank, world):
     for name, module in modules.items():
         module.load_state_dict(contents[name])
     torch.set_rng_state(states[rank]["cpu"].cpu())
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in states[rank]:
         torch.cuda.set_rng_state(states[rank]["cuda"].cpu(), device)
     return contents["step"], contents["records"]
 

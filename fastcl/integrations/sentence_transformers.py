@@ -90,13 +90,14 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of the columns: queries, their positives, and hard negatives in any number of columns."""
-        if len(embeddings) < 2:
-            raise ValueError(f"{NAME}: embeddings must be two or more columns, got {len(embeddings)}")
         queries, *others = embeddings
         normalize = SIMILARITIES[self.similarity]
-        settings = {"columns": len(embeddings), "grad_reduction": "mean", "requires_grad": needs_grad(*embeddings)}
+        settings = {"columns": len(embeddings), "symmetric": self.symmetric, "similarity": self.similarity}
+        settings |= {"grad_reduction": "mean", "requires_grad": needs_grad(*embeddings)}
 
         def check():
+            if not others:
+                raise ValueError(f"{NAME}: embeddings must be two or more columns, got {len(embeddings)}")
             for number, column in enumerate(others, 2):
                 checks.pair(NAME, queries, column, ("column 1", f"column {number}"))
             return queries, self.scale

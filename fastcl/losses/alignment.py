@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.rows import RowLogSumExp, loss_rows
 from . import checks
-from .batch import Batch, open_batch, reduce_rows
+from .batch import Batch, needs_grad, open_batch, reduce_rows
 from .module import LossModule
 
 
@@ -121,7 +121,7 @@ def uniformity_loss(
         checks.number(name, "t", t)
         return z, 1.0
 
-    batch = open_batch(name, group, check, {**shared, "t": t}, argument="z", least=2)
+    batch = open_batch(name, group, check, {**shared, "t": t, "requires_grad": needs_grad(z)}, argument="z", least=2)
     pairs = math.log(batch.total) + math.log(batch.total - 1)
     rows = loss_rows(name, z, normalize)
     rows = rows if normalize else _with_lengths(rows, batch)

@@ -61,6 +61,14 @@ def needs_grad(*tensors: object) -> list[object]:
     return [torch.is_grad_enabled() and getattr(x, "requires_grad", False) for x in tensors]
 
 
+def setting_of(number: object) -> object:
+    """What ranks compare of a number: its value, where that is known without waiting for a device."""
+    if not isinstance(number, Tensor):
+        return number
+    known = number.device.type == "cpu" and number.numel() == 1 and not torch.compiler.is_compiling()
+    return f"a tensor of {number.item()}" if known else "a tensor"
+
+
 def beside(number: float | Tensor, x: Tensor) -> Tensor:
     """A number or one-element tensor as a tensor [] beside x, in the dtype that losses calculate in."""
     dtype = compute_dtype(x.dtype)

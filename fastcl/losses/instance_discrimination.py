@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ops.pairs import PairLogSumExp
 from ..ops.rows import product_rows
 from . import checks, draws
-from .batch import beside, open_batch, reduce_rows, scale_of, shape_of, softplus
+from .batch import beside, open_batch, reduce_rows, scale_of, setting_of, shape_of, softplus
 from .noise import log_normaliser, noise_rows
 
 
@@ -69,9 +69,9 @@ def instance_discrimination_loss(
 
 def with_normaliser(
     query: Tensor, indices: Tensor, bank: Tensor, temperature: float | Tensor, num_negatives: int | None,
-    log_z: float | Tensor | None, generator: torch.Generator | None, group, shared: dict,
+    log_z: float | Tensor | None, generator: torch.Generator | None, group, shared: dict, training: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The loss and, of the estimate, the log Z in use."""
+    """The loss and, of the estimate, the log Z in use. `training`: whether the bank is updated afterwards."""
     name = NAME
 
     def check():
@@ -89,7 +89,7 @@ def with_normaliser(
         return query, temperature
 
     own = {"num_negatives": num_negatives, "bank": shape_of(bank)}
-    own["log_z"] = "a tensor" if isinstance(log_z, Tensor) else log_z
+    own |= {"log_z": setting_of(log_z), "training": training}
 
     def seed():
         return 0 if num_negatives is None else draws.seed(generator)

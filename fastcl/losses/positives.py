@@ -40,5 +40,5 @@ def positives_loss(
 
 def _counts(ids: Tensor, batch: Batch) -> Tensor:
     """How many other rows have the id of each."""
-    ordered = (ids if batch.ranks is None else batch.ranks.gather_vector(ids)).sort().values
+    ordered = (ids if batch.ranks is None else batch.ranks.gather_rows(ids)).sort().values
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids) - 1

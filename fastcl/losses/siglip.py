@@ -16,7 +16,7 @@ from .. import distributed
 from ..ops.rows import product_rows
 from ..ops.softplus import PairSoftplus
 from . import checks
-from .batch import beside, checked_scale, needs_grad, open_batch, softplus
+from .batch import beside, checked_scale, needs_grad, open_batch, setting_of, softplus
 from .module import FunctionLoss
 
 
@@ -55,8 +55,7 @@ def siglip_loss(
     """
     name = "siglip_loss"
     shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
-    bias = "a tensor" if isinstance(logit_bias, Tensor) else logit_bias
-    own = {"logit_bias": bias, "requires_grad": needs_grad(image, text, logit_scale, logit_bias)}
+    own = {"logit_bias": setting_of(logit_bias), "requires_grad": needs_grad(image, text, logit_scale, logit_bias)}
 
     def check():
         checks.options(name, **shared)

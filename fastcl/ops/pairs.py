@@ -27,7 +27,7 @@ class PairLogSumExp(torch.autograd.Function):
     """(a [n, D], b [m, D], scale) -> float64 lse_i [n], with `both` also lse_j [m].
 
     `diagonal`: row i leaves out column i, its own. ids, bias: of this rank's rows and columns. Saved for backward:
-    the operands in the dtype of the products, gathered columns (many ranks), and a few numbers a row.
+    the operands in the dtype of the products, columns that were gathered, and a few numbers a row.
     """
 
     @staticmethod
@@ -49,15 +49,15 @@ class PairLogSumExp(torch.autograd.Function):
         a, b = a.to(dtype), b.to(dtype)
         ids_b = ids_a if ids_b is None else ids_b
         columns = columns_of(ranks, b)
-        ids_columns, biases = (x if x is None or ranks is None else ranks.gather_vector(x) for x in (ids_b, bias))
+        ids_columns, biases = (x if x is None or ranks is None else ranks.gather_rows(x) for x in (ids_b, bias))
         ctx.first = 0 if ranks is None else ranks.first_row
-        ctx.same = "keep" if ids_a is None else "drop"
+        ctx.diagonal, ctx.same = diagonal, "keep" if ids_a is None else "drop"
         ends = []
 
         def visited():
             for block in blocks(ranks, columns):
                 found, *end = ops.lse_forward(
-                    a, block.rows, scale, bound, _offset(ctx, diagonal, block), 0,
+                    a, block.rows, scale, bound, _offset(ctx, block), 0,
                     ids_a=ids_a, ids_b=block.of(ids_columns), same=ctx.same, bias=block.of(biases), columns=both,
                 )  # fmt: skip
                 ends.extend((block.first, x) for x in end)
@@ -69,7 +69,7 @@ class PairLogSumExp(torch.autograd.Function):
             if ranks is not None:
                 ends = ranks.logsumexp(ends)[ctx.first : ctx.first + b.shape[0]]
             found.append(ends)
-        ctx.both, ctx.diagonal, ctx.bound, ctx.ranks, ctx.name = both, diagonal, bound, ranks, name
+        ctx.both, ctx.bound, ctx.ranks, ctx.name = both, bound, ranks, name
         found = [lse.clone() for lse in found]
         ctx.save_for_backward(a, b, columns, scale, ids_a, ids_b, ids_columns, bias, biases, *found)
         return tuple(found) if both else found[0]
@@ -102,7 +102,7 @@ def _pair_backward(ctx: FunctionCtx, grads: list[Tensor]):
     fused = wants_b and ranks is None
     found = add_up(
         ops.lse_backward(
-            a, block.rows, scale, ctx.bound, _offset(ctx, ctx.diagonal, block), 0,
+            a, block.rows, scale, ctx.bound, _offset(ctx, block), 0,
             lse[0], block.of(every_lse[1]), w[0], block.of(every_w[1]),
             ids_a=ids_a, ids_b=block.of(ids_columns), same=ctx.same, bias=block.of(biases), columns=fused,
         )
@@ -120,15 +120,15 @@ def _pair_backward(ctx: FunctionCtx, grads: list[Tensor]):
     return factor * found[0], db, d_scale
 
 
-def _offset(ctx: FunctionCtx, diagonal: bool, block: Block) -> int:
+def _offset(ctx: FunctionCtx, block: Block) -> int:
     """Of the column that row 0 leaves out. One behind the last leaves none out."""
-    return ctx.first - block.first if diagonal else block.rows.shape[0]
+    return ctx.first - block.first if ctx.diagonal else block.rows.shape[0]
 
 
 def _columns_over_ranks(ctx: FunctionCtx, w: list, every_w: list, lse: list[Tensor], every_lse: list) -> Tensor:
     """W^T a for this rank's columns, with the rows of all ranks."""
     a, b, _, scale, ids_a, ids_b, _, bias, *_ = ctx.saved_tensors
-    ids_rows = None if ids_a is None else ctx.ranks.gather_vector(ids_a)
+    ids_rows = None if ids_a is None else ctx.ranks.gather_rows(ids_a)
     # Rows and columns in each other's place; an lse of -inf takes no part.
     own = lse[1] if ctx.both else lse[0].new_full((b.shape[0],), -torch.inf)
 
@@ -142,7 +142,7 @@ def _columns_over_ranks(ctx: FunctionCtx, w: list, every_w: list, lse: list[Tens
                 ids_a=ids, ids_b=ids_b, same=ctx.same, bias=bias, columns=True,
             )[1:]  # fmt: skip
         return ops.lse_backward(
-            b, block.rows, scale, ctx.bound, _offset(ctx, ctx.diagonal, block), 0,
+            b, block.rows, scale, ctx.bound, _offset(ctx, block), 0,
             own, block.of(every_lse[0]), w[1], block.of(every_w[0]), ids_a=ids_b, ids_b=ids, same=ctx.same,
         )  # fmt: skip
 

@@ -69,7 +69,7 @@ class RowLogSumExp(torch.autograd.Function):
     """(z [n, D], scale, ids [n]) -> float64 lse_i [n], or log sum_i exp(lse_i) over the rows of all ranks.
 
     With same="sum" also, of the other rows of the same id, the sum of <z_i, z_k> [n] and their number [n].
-    Saved for backward: z in the dtype of the products, the gathered rows (many ranks), and a few numbers a row.
+    Saved for backward: z in the dtype of the products, rows that were gathered, and a few numbers a row.
     """
 
     @staticmethod
@@ -89,7 +89,7 @@ class RowLogSumExp(torch.autograd.Function):
         z = z.to(dtype)
         # Without other columns the kernels use the symmetry.
         columns = None if ranks is None and not swap else columns_of(ranks, _swapped(z) if swap else z)
-        ids_columns = None if ids is None or ranks is None else ranks.gather_vector(ids)
+        ids_columns = None if ids is None or ranks is None else ranks.gather_rows(ids)
         first = 0 if ranks is None else ranks.first_row
         lse, *positives = join_lse(
             ops.lse_forward(
@@ -136,7 +136,7 @@ def _row_lse_backward(ctx: FunctionCtx, grad: Tensor, grad_sums: Tensor | None):
     else:
         lse_rows = lse_columns = lse
         if ranks is not None:
-            lse_columns = ranks.gather_vector(lse.to(scale.dtype))
+            lse_columns = ranks.gather_rows(lse.to(scale.dtype))
     if columns is None:
         lse_columns = weights[1] = pulls[1] = None
     (found,) = add_up(

@@ -30,7 +30,7 @@ class TwoViewLoss(torch.autograd.Function):
     """(x1, x2, scale, lse_coef, pos_coef) -> sum of loss_i over all ranks, or this rank's loss_i [2n].
 
     Both coefficients are None for NT-Xent. Without `positive_counts` the loss is x_i: the positive is in no sum. Never
-    materialised: anything of M x M. Saved for backward: z [2n, D], the gathered rows (many ranks), and a few vectors.
+    materialised: anything of M x M. Saved for backward: z [2n, D], rows that were gathered, and a few vectors.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ def upstream_weights(grad: Tensor, reduce: bool, ranks: Ranks | None):
     """
     if reduce:
         return (grad if ranks is None else grad * ranks.grad_factor), None, None
-    w_columns = grad if ranks is None else ranks.gather_vector(grad)
+    w_columns = grad if ranks is None else ranks.gather_rows(grad)
     peak = w_columns.abs().amax()
     peak = torch.where(peak == 0, torch.ones_like(peak), peak)
     return peak, grad / peak, None if ranks is None else w_columns / peak
@@ -126,7 +126,7 @@ def _two_view_backward(ctx: FunctionCtx, grad: Tensor):
     else:
         lse, share = scale * pos + x, (x != -torch.inf).to(x.dtype)
     # float32 over the wire: half a unit in its last place is what ranks may differ by.
-    lse_columns = None if ranks is None else ranks.gather_vector(lse.to(scale.dtype))
+    lse_columns = None if ranks is None else ranks.gather_rows(lse.to(scale.dtype))
     first = 0 if ranks is None else ranks.first_row
     (grad_lse,) = add_up(
         ops.lse_backward(

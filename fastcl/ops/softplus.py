@@ -24,7 +24,7 @@ class PairSoftplus(torch.autograd.Function):
     may be None, for a itself.
 
     `diagonal`: row i leaves out column i, its own (always without b). With ids, pairs of the same id only.
-    Saved for backward: the operands in the dtype of the products, gathered columns (many ranks), two numbers a row;
+    Saved for backward: the operands in the dtype of the products, columns that were gathered, two numbers a row;
     for the sum in one process the gradients instead.
     """
 
@@ -50,7 +50,7 @@ class PairSoftplus(torch.autograd.Function):
         b = a if b is None else b.to(dtype)
         beta = beta.contiguous()
         if ranks is not None:
-            columns, ids_columns = columns_of(ranks, b), None if ids_b is None else ranks.gather_vector(ids_b)
+            columns, ids_columns = columns_of(ranks, b), None if ids_b is None else ranks.gather_rows(ids_b)
         else:
             # Without other columns the kernels use the symmetry.
             columns, ids_columns = (None, None) if ctx.symmetric else (b, ids_b)
@@ -90,7 +90,7 @@ def _softplus_backward(ctx: FunctionCtx, grad: Tensor):
     else:
         peak, (w,), (every_w,) = shared_weights([grad], ranks)
         w, every_w = w.to(scale.dtype), every_w.to(scale.dtype)
-    every_beta = None if ranks is None else ranks.gather_vector(beta)
+    every_beta = None if ranks is None else ranks.gather_rows(beta)
     wants_b = ctx.needs_input_grad[1] and not ctx.symmetric
     if not found and ranks is None and wants_b:
         _, _, *found = ops.softplus_both(
@@ -100,7 +100,7 @@ def _softplus_backward(ctx: FunctionCtx, grad: Tensor):
     elif not found:
         found = _one_side(ctx, a, columns, (beta, None, w, None), (ids_a, ids_columns))
         if wants_b:
-            ids_rows = None if ids_a is None else ranks.gather_vector(ids_a)
+            ids_rows = None if ids_a is None else ranks.gather_rows(ids_a)
             found += _one_side(ctx, b, columns_of(ranks, a), (None, every_beta, None, every_w), (ids_b, ids_rows))
     factor = (peak * ctx.sign * scale).to(found[0].dtype)
     d_scale = d_beta = None

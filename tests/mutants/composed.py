@@ -55,8 +55,8 @@ ROWS = [
     Mutant(
         "log-sum-exps of the wrong rows gathered for rows",
         ROWS_FILE,
-        "ranks.gather_vector(lse.to(scale.dtype))",
-        "ranks.gather_vector(lse.to(scale.dtype)).flip(0)",
+        "ranks.gather_rows(lse.to(scale.dtype))",
+        "ranks.gather_rows(lse.to(scale.dtype)).flip(0)",
         LOSS_RANKS + "[contract-what=generalized_lse-2]",
     ),
 ]
@@ -110,8 +110,8 @@ COMPOSED = [
     Mutant(
         "t may differ over ranks",
         ALIGNMENT_FILE,
-        '{**shared, "t": t}',
-        "{**shared}",
+        '"t": t, ',
+        "",
         LOSS_RANKS + "[all_ranks_raise-function=uniformity_loss-2]",
     ),
     Mutant(

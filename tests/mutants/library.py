@@ -52,8 +52,8 @@ FUNCTION = [
     Mutant(
         "log-sum-exps of the wrong rows gathered",
         SIMILARITY_FILE,
-        "ranks.gather_vector(lse.to(scale.dtype))",
-        "ranks.gather_vector(lse.to(scale.dtype)).flip(0)",
+        "ranks.gather_rows(lse.to(scale.dtype))",
+        "ranks.gather_rows(lse.to(scale.dtype)).flip(0)",
         RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
     ),
     Mutant(
@@ -130,15 +130,15 @@ DISTRIBUTED = [
     Mutant(
         "ranks do not hear of another rank's error",
         RANKS_FILE,
-        "    if failed:\n",
-        "    if not rows:\n",
+        "    if not failed:\n",
+        "    if True:\n",
         RANKS + "[all_ranks_raise-what=bad_temperature-2]",
     ),
     Mutant(
         "temperatures may differ over ranks",
         RANKS_FILE,
-        ', (4, number_name)):',
-        "):",
+        "        (slice(3, 5), number_name, _show_number),\n",
+        "",
         RANKS + "[all_ranks_raise-what=other_temperature-2]",
     ),
     Mutant(
@@ -179,8 +179,8 @@ DISTRIBUTED = [
     Mutant(
         "every rank draws with a seed of its own",
         RANKS_FILE,
-        "rows[0][5], ring",
-        "rows[dist.get_rank(group)][5], ring",
+        "rows[0][FACTS - 1], ring",
+        "rows[dist.get_rank(group)][FACTS - 1], ring",
         LOSS_RANKS + "[draws_are_those_of_rank_0-2]",
     ),
     Mutant(

@@ -110,8 +110,8 @@ IMAGES = [
     Mutant(
         "bias may differ over ranks",
         SIGLIP_FILE,
-        '{"logit_bias": bias, "requires_grad"',
-        '{"requires_grad"',
+        '"logit_bias": setting_of(logit_bias), ',
+        "",
         PAIR_RANKS + "[all_ranks_raise-what=siglip_loss-2]",
     ),
 ]

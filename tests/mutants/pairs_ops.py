@@ -80,7 +80,7 @@ PAIRS = [
     Mutant(
         "a row of the queue taken for the key",
         PAIRS_FILE,
-        "ctx.first - block.first if diagonal else block.rows.shape[0]",
+        "ctx.first - block.first if ctx.diagonal else block.rows.shape[0]",
         "ctx.first - block.first",
         PAIR_LOSSES + "test_shapes[chunked-queue_nce-2-5-dtype0]",
     ),
@@ -115,14 +115,14 @@ PAIRS = [
     Mutant(
         "ids of the wrong rows gathered",
         PAIRS_FILE,
-        "ctx.ranks.gather_vector(ids_a)",
-        "ctx.ranks.gather_vector(ids_a).flip(0)",
+        "ctx.ranks.gather_rows(ids_a)",
+        "ctx.ranks.gather_rows(ids_a).flip(0)",
         LOG_Q_RANKS,
     ),
     Mutant(
         "self not left out of the columns' gradient over ranks",
         PAIRS_FILE,
-        "b, block.rows, scale, ctx.bound, _offset(ctx, ctx.diagonal, block)",
+        "b, block.rows, scale, ctx.bound, _offset(ctx, block)",
         "b, block.rows, scale, ctx.bound, block.rows.shape[0]",
         LOG_Q_RANKS,
     ),
@@ -221,8 +221,8 @@ OTHERS = [
     Mutant(
         "labels of the wrong rows gathered",
         ROWS_FILE,
-        "ranks.gather_vector(ids)",
-        "ranks.gather_vector(ids).flip(0)",
+        "ranks.gather_rows(ids)",
+        "ranks.gather_rows(ids).flip(0)",
         PAIR_RANKS + "[contract-family=supcon-2]",
     ),
     Mutant(

@@ -35,12 +35,7 @@ class ContrastiveStats(NamedTuple):
 
 @torch.no_grad()
 def contrastive_stats(
-    z1: Tensor,
-    z2: Tensor,
-    temperature: float | Tensor = 0.1,
-    *,
-    normalize: bool = True,
-    group=None,
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, normalize: bool = True, group=None
 ) -> ContrastiveStats:
     """Statistics of two views under NT-Xent's softmax, exact, without the matrix and without gradient. One visit
     of each tile gives all but the uniformity, which takes a second one.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import scaling
+from benchmarks import roofline, scaling
 
 PAGE = ROOT / "docs" / "scaling.md"
 
@@ -117,3 +117,18 @@ def test_share_of_the_exchanges(tmp_path):
         times = row["exchange_ms"]["median"], row["ms"]["median"]
         assert times[0] == 0 < times[1] if row["w"] == 1 else 0 < times[0] <= times[1]
     assert done.stdout.count("\n| ") == 1 + len(rows)
+
+
+def test_the_tables_of_the_performance_page_are_the_scripts():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert {name for _, name in re.findall(r"(roofline.py: )(\w+) -->", text)} == set(roofline.TABLES)
+    assert roofline.with_tables(text) == text, "run: python benchmarks/roofline.py --page docs/performance.md"
+
+
+def test_clocks_of_a_tile():
+    """lse_symmetric: 2 * 64 * 128 * 128 FLOP at 4,096 a clock, as many exponentials as elements at 16 a clock."""
+    unit = roofline.clocks("lse_symmetric")
+    assert unit["matrix"] == 512 and unit["exp2"] == 512 == unit["elements"] / 16
+    assert roofline.clocks("lse_backward")["matrix"] == 1024
+    overlapped, in_turn = roofline.pass_ms("lse_backward", 2.0**32)
+    assert overlapped < in_turn <= 2 * overlapped

@@ -215,11 +215,11 @@ CHECKS = [
         INPUTS + "test_refused_by_name[N differs]",
     ),
     Mutant(
-        "temperature of infinity passes",
+        "temperature whose reciprocal overflows passes",
         "fastcl/losses/checks.py",
-        "if not 0 < value <= sys.float_info.max:",
-        "if not 0 < value:",
-        INPUTS + "test_refused_by_name[temperature inf]",
+        "if not SMALLEST <= value <= largest:",
+        "if False:",
+        INPUTS + "test_refused_by_name[temperature whose reciprocal overflows]",
     ),
     Mutant(
         "learned temperature is its logarithm",

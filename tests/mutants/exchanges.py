@@ -36,7 +36,7 @@ EXCHANGE = [
         JOINING_FILE,
         "(x + y for x, y in",
         "(x + 0 * y for x, y in",
-        RING + "[contract_of_pairs-family=supcon-2]",
+        RING + "[contract_of_pairs-family=supcon-3]",
     ),
     Mutant(
         "gradient of the first block",
@@ -151,13 +151,6 @@ CACHED = [
         "torch.set_rng_state(self.cpu)",
         "torch.get_rng_state()",
         CACHE + "test_dropout_and_the_generator_afterwards[3-True]",
-    ),
-    Mutant(
-        "first pass keeps its activations",
-        CACHE_FILE,
-        "with torch.no_grad():",
-        "with torch.enable_grad():",
-        CACHE + "test_activations_are_those_of_one_chunk[3-parts2]",
     ),
     Mutant(
         "gradients reduced in every chunk",

@@ -215,11 +215,11 @@ CHECKS = [
         INPUTS + "test_refused_by_name[N differs]",
     ),
     Mutant(
-        "temperature whose reciprocal overflows passes",
+        "temperatures are not checked",
         "fastcl/losses/checks.py",
-        "if not SMALLEST <= value <= largest:",
-        "if False:",
-        INPUTS + "test_refused_by_name[temperature whose reciprocal overflows]",
+        "if not 0 < value <= sys.float_info.max:",
+        "return\n    if False:",
+        INPUTS + "test_refused_by_name[temperature -3]",
     ),
     Mutant(
         "learned temperature is its logarithm",

@@ -289,7 +289,7 @@ MEMORIES = [
         MEMORY_FILE,
         "self.log_z if self._estimated else None",
         "None",
-        MEMORY_TEST + "test_estimate_as_specified[5]",
+        "tests/test_pair_modules.py::test_instances_equal_the_function[4]",
     ),
     Mutant(
         "log Z of an evaluation kept",
@@ -304,13 +304,6 @@ MEMORIES = [
         'product_rows(name, query, shared["normalize"])',
         "product_rows(name, query, True)",
         MEMORY_TEST + "test_normaliser_is_that_of_the_first_call[False]",
-    ),
-    Mutant(
-        "a state without log Z does not start anew",
-        MEMORY_FILE,
-        "    module._estimated = not module.log_z.isnan().item()",
-        "    module._estimated = module._estimated",
-        MEMORY_TEST + "test_normaliser_is_of_training",
     ),
     Mutant(
         "the easiest negatives",

@@ -110,7 +110,7 @@ class Ranks:
         world = len(self.counts)
         held, owner = x.contiguous(), self.rank
         # What comes takes the place of what was worked on before.
-        places = [x.new_empty((max(self.counts), *x.shape[1:])) for _ in range(2)]
+        places = [x.new_empty((max(self.counts), *x.shape[1:])) for _ in range(min(2, world - 1))]
         for step in range(world - 1):
             source = (owner - 1) % world
             coming = places[step % 2][: self.counts[source]]

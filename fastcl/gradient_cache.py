@@ -59,8 +59,8 @@ def cached_backward(
         torch.Size([16, 32])
     """
     encoders = _check(encoder, views, loss_fn, chunks)
-    parts = [_Chunk(encode, part) for encode, view in zip(encoders, views, strict=True) for part in _cut(view, chunks)]
-    counts = [len(_cut(view, chunks)) for view in views]
+    pieces = [_cut(view, chunks) for view in views]
+    parts = [_Chunk(encode, part) for encode, cut in zip(encoders, pieces, strict=True) for part in cut]
     states, found = [], []
     with torch.no_grad():
         for part in parts:
@@ -69,7 +69,7 @@ def cached_backward(
     # Weights that autocast rounded without gradient must not be taken for those of the second pass.
     torch.clear_autocast_cache()
     places = iter(found)
-    rows = [torch.cat([next(places) for _ in range(count)]).requires_grad_() for count in counts]
+    rows = [torch.cat([next(places) for _ in cut]).requires_grad_() for cut in pieces]
     loss = loss_fn(*rows)
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
         loss.backward()
@@ -78,8 +78,8 @@ def cached_backward(
         raise ValueError(f"{NAME}: loss_fn must return one number that depends on the rows, got {got}")
     grads = [
         part
-        for x, count, view in zip(rows, counts, views, strict=True)
-        for part in (torch.zeros_like(x) if x.grad is None else x.grad).split([_length(p) for p in _cut(view, chunks)])
+        for x, cut in zip(rows, pieces, strict=True)
+        for part in (torch.zeros_like(x) if x.grad is None else x.grad).split([_length(part) for part in cut])
     ]
     last = {id(part.encode): index for index, part in enumerate(parts)}
     for index, (part, state, grad) in enumerate(zip(parts, states, grads, strict=True)):

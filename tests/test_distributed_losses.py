@@ -183,15 +183,15 @@ GATHER = "all_gather"
 
 
 @contextlib.contextmanager
-def _collectives():
-    """[(collective, elements sent, elements received)] of what this rank takes part in."""
+def _collectives(entry=lambda kind, tensors: (kind, tensors[-1].numel(), tensors[0].numel())):
+    """[(collective, elements sent, elements received)], or other entries, of what this rank takes part in."""
     kinds = ("all_gather", "all_reduce", "reduce", "broadcast", "all_to_all", "gather", "scatter")
     originals = {name: value for name, value in vars(dist).items() if name.startswith(kinds) and callable(value)}
     seen = []
 
     def spy(name, *args, **kwargs):
-        tensors = [arg.numel() for arg in args if isinstance(arg, torch.Tensor)]
-        seen.append((GATHER if name.startswith("all_gather") else name, tensors[-1], tensors[0]))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        seen.append(entry(GATHER if name.startswith("all_gather") else name, tensors))
         return originals[name](*args, **kwargs)
 
     try:

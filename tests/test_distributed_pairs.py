@@ -3,7 +3,6 @@ contract, memories that are the same on all ranks, what moves between ranks, agr
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -27,7 +26,7 @@ from fastcl import (
 from pair_rank_cases import LOSSES, ODD_ONE_OUT, pairs_across
 from rank_cases import seed_of
 from test_distributed import COUNTS, FEATURES, WIDTH, Problem, close, outcomes, reduced, same_everywhere  # noqa: F401
-from test_distributed_losses import _refused_together
+from test_distributed_losses import _collectives, _refused_together
 
 # Rounding of sums over a few dozen numbers; where plain PyTorch in float32 has more than half of it, twice that (the
 # rule of `error_rule`).
@@ -293,25 +292,8 @@ def instance_discrimination_steps(rank, world, num_negatives):
         same_everywhere(together.criterion.bank.rows)
 
 
-@contextlib.contextmanager
-def _bytes_sent():
-    """[(collective, bytes that this rank passes to it)]; an all_gather brings it as many from every rank."""
-    kinds = ("all_gather", "all_reduce", "reduce", "broadcast", "all_to_all", "gather", "scatter")
-    originals = {name: value for name, value in vars(dist).items() if name.startswith(kinds) and callable(value)}
-    seen = []
-
-    def spy(name, *args, **kwargs):
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        seen.append((name.removesuffix("_into_tensor").removesuffix("_single"), tensors[-1].nbytes))
-        return originals[name](*args, **kwargs)
-
-    try:
-        for name in originals:
-            setattr(dist, name, functools.partial(spy, name))
-        yield seen
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+# [(collective, bytes that this rank passes to it)]; an all_gather brings it as many from every rank.
+_bytes_sent = functools.partial(_collectives, lambda kind, tensors: (kind, tensors[-1].nbytes))
 
 
 def _moved(function, *leaves):

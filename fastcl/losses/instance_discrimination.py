@@ -22,9 +22,6 @@ from .batch import beside, open_batch, reduce_rows, scale_of, setting_of, shape_
 from .noise import log_normaliser, noise_rows
 
 
-NAME = "instance_discrimination_loss"
-
-
 def instance_discrimination_loss(
     query: Tensor, indices: Tensor, bank: Tensor, temperature: float | Tensor = 0.07, *,
     num_negatives: int | None = None,
@@ -72,7 +69,7 @@ def with_normaliser(
     log_z: float | Tensor | None, generator: torch.Generator | None, group, shared: dict, training: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The loss and, of the estimate, the log Z in use. `training`: whether the bank is updated afterwards."""
-    name = NAME
+    name = "instance_discrimination_loss"
 
     def check():
         checks.options(name, **shared)

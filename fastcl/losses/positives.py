@@ -24,12 +24,13 @@ def positives_loss(
         counts = _counts(ids, batch)
         # Of close positives both log-sum-exps over all and over them are nearly equal, their gradients too. Where there
         # is no positive, the branch not taken is infinite and its gradient must not be.
-        rows = softplus(torch.where(counts > 0, lse("drop") - lse("only"), -torch.inf))
+        has = counts > 0
+        rows = softplus(torch.where(has, lse("drop") - lse("only"), -torch.inf))
         rows = rows + counts.clamp(min=1).double().log()
     else:
         everything, sums, counts = lse("sum")
-        rows = torch.where(counts > 0, everything, 0.0) - scale.double() * sums / counts.clamp(min=1)
-    has = counts > 0
+        has = counts > 0
+        rows = torch.where(has, everything, 0.0) - scale.double() * sums / counts.clamp(min=1)
     if shared["reduction"] != "mean":
         return reduce_rows(rows, shared["reduction"], batch).to(scale.dtype)
     anchors = has.sum().double()

@@ -136,15 +136,15 @@ LABELS = [
     Mutant(
         "rows without a positive have a loss",
         POSITIVES_FILE,
-        "torch.where(counts > 0, everything, 0.0)",
+        "torch.where(has, everything, 0.0)",
         "everything",
         PAIR_LOSSES + "test_supcon_counts_anchors_with_a_positive",
     ),
     Mutant(
         "NaN gradients without a positive",
         POSITIVES_FILE,
-        'softplus(torch.where(counts > 0, lse("drop") - lse("only"), -torch.inf))',
-        'torch.where(counts > 0, softplus(lse("drop") - lse("only")), 0.0)',
+        'softplus(torch.where(has, lse("drop") - lse("only"), -torch.inf))',
+        'torch.where(has, softplus(lse("drop") - lse("only")), 0.0)',
         EXTREMES + "test_one_row[chunked-supcon_in-dtype1]",
     ),
     Mutant(

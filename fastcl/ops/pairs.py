@@ -20,7 +20,7 @@ from .. import ops
 from ..distributed import Block, Ranks, blocks, columns_of
 from .double_backward import refuse_double_backward
 from .joining import add_up, join_lse
-from .similarity import shared_weights
+from .similarity import largest, shared_weights
 
 
 class PairLogSumExp(torch.autograd.Function):
@@ -89,8 +89,7 @@ def _pair_backward(ctx: FunctionCtx, grads: list[Tensor]):
         peak, (w_rows,), _ = shared_weights(grads, None)
         w, every_w, every_lse = [w_rows, None], [w_rows, None], [lse[0], None]
     elif ranks is None:
-        peak = torch.stack([grad.abs().amax() if grad.numel() else grad.new_zeros(()) for grad in grads]).amax()
-        peak = torch.where(peak == 0, torch.ones_like(peak), peak)
+        peak = largest(*grads)
         w = every_w = [grad / peak for grad in grads]
         every_lse = lse
     else:

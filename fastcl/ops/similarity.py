@@ -16,6 +16,8 @@ forward gathers rows, the backward gathers one number a row.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -93,6 +95,13 @@ def _rest(scale: Tensor, lse_coef: Tensor, pos_coef: Tensor) -> Tensor:
     return pos_coef.double() - lse_coef.double() * scale
 
 
+def largest(*grads: Tensor) -> Tensor:
+    """The largest size of any entry, to divide by: 1 where there is none but 0."""
+    peaks = [grad.abs().amax() if grad.numel() else grad.new_zeros(()) for grad in grads]
+    peak = functools.reduce(torch.maximum, peaks)
+    return torch.where(peak == 0, torch.ones_like(peak), peak)
+
+
 def upstream_weights(grad: Tensor, reduce: bool, ranks: Ranks | None):
     """(grad, w, w_columns): the upstream gradient as a number times row weights in [-1, 1], None for all ones.
     Without ranks the columns are the rows, and have no weights of their own.
@@ -102,8 +111,7 @@ def upstream_weights(grad: Tensor, reduce: bool, ranks: Ranks | None):
     if reduce:
         return (grad if ranks is None else grad * ranks.grad_factor), None, None
     w_columns = grad if ranks is None else ranks.gather_rows(grad)
-    peak = w_columns.abs().amax()
-    peak = torch.where(peak == 0, torch.ones_like(peak), peak)
+    peak = largest(w_columns)
     return peak, grad / peak, None if ranks is None else w_columns / peak
 
 
@@ -111,8 +119,7 @@ def shared_weights(grads: list[Tensor], ranks: Ranks | None) -> tuple[Tensor, li
     """(peak, of this rank, of all ranks): upstream gradients [n] as a number times weights in [-1, 1]. One exchange."""
     mine = torch.stack(grads, 1)
     every = mine if ranks is None else ranks.gather_rows(mine)
-    peak = every.abs().amax() if every.numel() else every.new_ones(())
-    peak = torch.where(peak == 0, torch.ones_like(peak), peak)
+    peak = largest(every)
     return peak, *[list((x / peak).T.contiguous().unbind(0)) for x in (mine, every)]
 
 

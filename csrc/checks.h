@@ -28,6 +28,17 @@ inline void check_dtype(const char* op, const char* name, const at::Tensor& x,
                    x.scalar_type());
 }
 
+// The type that kernels calculate in.
+inline at::ScalarType compute_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Rows that are multiplied may be bfloat16, too: their products and sums are float32.
+inline void check_row_dtype(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() == compute_type(x) || x.scalar_type() == at::kBFloat16, op, ": ",
+                   name, " must be float32, float64 or bfloat16, got ", x.scalar_type());
+}
+
 // Kernels calculate in float32 or float64 and nothing else.
 inline void check_compute_dtype(const char* op, const char* name, const at::Tensor& x) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op, ": ", name,
@@ -62,8 +73,8 @@ inline void check_scalar(const char* op, const char* name, const at::Tensor& x,
 inline void check_operands(const char* op, const at::Tensor& a, const std::optional<at::Tensor>& b,
                            const at::Tensor& scale, int64_t offset, int64_t pair) {
   check_matrix(op, "a", a);
-  check_compute_dtype(op, "a", a);
-  check_scalar(op, "scale", scale, a.scalar_type());
+  check_row_dtype(op, "a", a);
+  check_scalar(op, "scale", scale, compute_type(a));
   if (b.has_value()) {
     check_matrix(op, "b", *b);
     check_dtype(op, "b", *b, a.scalar_type());
@@ -118,7 +129,7 @@ inline PairIds check_ids(const char* op, const at::Tensor& a, const std::optiona
 inline void check_bias(const char* op, const at::Tensor& a, const std::optional<at::Tensor>& b,
                        const std::optional<at::Tensor>& bias) {
   if (!bias.has_value()) return;
-  check_vector(op, "bias", *bias, (b.has_value() ? *b : a).size(0), a.scalar_type());
+  check_vector(op, "bias", *bias, (b.has_value() ? *b : a).size(0), compute_type(a));
 }
 
 inline void check_columns(const char* op, const std::optional<at::Tensor>& b, bool columns) {

@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "cpu/bf16.h"
 #include "cpu/simd.h"
 
 #define FASTCL_PAIRS "Tensor a, Tensor? b, Tensor scale"
@@ -22,7 +23,11 @@ TORCH_LIBRARY(fastcl, m) {
       ", Tensor? bias=None, Tensor? pull_a=None, Tensor? pull_b=None, bool columns=False) "
       "-> Tensor[]");
   m.def(
-      "pair_backward(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor lse_coef, Tensor pull, "
+      "pair_loss(Tensor lse, Tensor pos, Tensor scale, float weight, float? pull, "
+      "bool positive_counts, SymInt? divisor, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pair_backward(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor pos, Tensor share, "
+      "Tensor scale, Tensor grad, Tensor? w, float weight, float? pull, SymInt divisor, "
       "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   m.def("softplus_forward(" FASTCL_PAIRS
         ", Tensor beta, float sign, SymInt offset, *, " FASTCL_IDS ") -> (Tensor, Tensor)");
@@ -62,6 +67,7 @@ pybind11::dict build_info() {
   info["compiler"] = compiler();
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["simd"] = fastcl::cpu::simd_level();
+  info["bf16"] = fastcl::cpu::bf16_supported();
 #ifdef FASTCL_CUDA
   info["cuda"] = true;
 #else
@@ -70,12 +76,24 @@ pybind11::dict build_info() {
   return info;
 }
 
+std::string use_simd(const std::string& name) {
+  const std::string previous = fastcl::cpu::simd_level();
+  if (!fastcl::cpu::use_simd(name.c_str())) {
+    throw pybind11::value_error("_use_simd: name must be a level of this processor, got " + name);
+  }
+  return previous;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of fastcl; importing it registers torch.ops.fastcl.*";
   m.def("build_info", &build_info,
         "Compiler, torch and C++ versions of this build, and the instruction set in use.");
+  m.def("_use_simd", &use_simd,
+        "For tests, and not while an op runs: makes the C++ ops use the instruction set of this "
+        "name (baseline, avx2, avx512). Returns the one before. ValueError where the processor "
+        "lacks it.");
 #ifdef FASTCL_CUDA
   fastcl::bind_cuda(m);
 #endif

@@ -42,4 +42,6 @@ def build_info() -> dict:
 
 # Whether the extension has the kernels of csrc/cuda, which are called through `module`.
 CUDA: bool = build_info().get("cuda", False)
+# Whether bf16 rows are multiplied as they are on the CPU, with sums in fp32: else they are widened first.
+BF16: bool = build_info().get("bf16", False)
 module = _module

@@ -115,6 +115,36 @@ def positives(z: Tensor) -> Tensor:
     return (z * z.roll(z.shape[0] // 2, 0)).sum(1)
 
 
+def pair_loss(
+    lse: Tensor, pos: Tensor, scale: Tensor | float, weight: float, pull: float | None, positive_counts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of the M rows its loss weight * L_i - pull * <z_i, z_p(i)>, L_i and the share of its negatives, from
+    the log-sum-exp of the negatives and the N positives. Without `pull` it is weight * scale; without
+    `positive_counts` L_i is that of the negatives. A row without negatives has loss 0."""
+    pos = torch.cat([pos, pos])
+    x = lse - scale * pos
+    rest = 0.0 if pull is None else pull - weight * scale
+    if positive_counts:
+        # log(exp(lse) + exp(scale * pos)) - scale * pos, without its difference of two nearly equal numbers.
+        value = cross_entropy_rows(lse, scale * pos)
+        return weight * value - rest * pos, scale * pos + value, x.sigmoid()
+    value = torch.where(x == -torch.inf, 0.0, x)
+    return weight * value - rest * pos, lse, (x != -torch.inf).to(x.dtype)
+
+
+def pair_backward(
+    z: Tensor, grad_lse: Tensor, pos: Tensor, share: Tensor, scale: float, grad: float, w: Tensor, weight: float,
+    pull: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dz, the part of each row in d scale) of grad * sum_i w_i loss_i, before the normalisation. scale * grad_lse is
+    the gradient of sum_i w_i L_i by way of the negatives, in which each product stands twice."""
+    n = len(pos)
+    pos, own = torch.cat([pos, pos]), -share if pull is None else 1 - share
+    pulls = grad * w * (weight * scale * share + (0.0 if pull is None else pull - weight * scale))
+    dz = grad * weight * scale * grad_lse - (pulls + pulls.roll(n))[:, None] * z.roll(n, 0)
+    return dz, grad * weight * (0.5 * (z * grad_lse).sum(1) + w * own * pos)
+
+
 def reduce_rows(rows: Tensor, reduction: str) -> Tensor:
     return {"mean": rows.mean, "sum": rows.sum, "none": rows.clone}[reduction]()
 

@@ -30,7 +30,7 @@ from fastcl.kernels.lse_masked import lse_masked_kernel
 from fastcl.kernels.lse_rows import lse_combine_kernel, lse_rows_kernel
 from fastcl.kernels.lse_symmetric import lse_symmetric_kernel
 from fastcl.kernels.lse_two_way import lse_two_way_kernel
-from fastcl.kernels.rows import normalize_pair_kernel, pair_backward_kernel
+from fastcl.kernels.rows import normalize_pair_kernel, pair_backward_kernel, pair_loss_kernel, sum_kernel
 from fastcl.kernels.softplus import softplus_rows_kernel, softplus_weight_kernel
 from fastcl.kernels.stats import stats_kernel
 
@@ -38,12 +38,13 @@ ARCHS = launch.GENERATIONS
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 # Shared memory a program may have (bytes): the smallest of the data-centre chips of each generation.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-OPCODES = ("MUFU.EX2", "FFMA", "FADD", "FMUL", "SHFL", "BAR")
+OPCODES = ("MUFU", "FFMA", "FADD", "FMUL", "SHFL", "BAR")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+[^;]*;")
 WIDE = 768  # the d that stands for every width that is read in chunks
 
-# Without ids, bias and pulls.
-PLAIN = {"SAME": "keep"} | dict.fromkeys(("p_ids_a", "p_ids_b", "p_bias", "p_pull_a", "p_pull_b"))
+# Without bias and pulls; without ids as well.
+DROP = {"SAME": "drop"} | dict.fromkeys(("p_bias", "p_pull_a", "p_pull_b"))
+PLAIN = DROP | {"SAME": "keep"} | dict.fromkeys(("p_ids_a", "p_ids_b"))
 # The host knows the path, or the device chooses from the norms.
 FIXED = {"ONLINE_MAX": False, "CHECK_RANGE": False, "p_norms": None}
 FIXED_CHECKED = {"ONLINE_MAX": False, "CHECK_RANGE": True}
@@ -56,12 +57,24 @@ PASSES = {
     "lse_symmetric": (lse_symmetric_kernel, {"": FIXED, " checked": FIXED_CHECKED}),
     "lse_rows": (lse_rows_kernel, {"": FIXED, " online": ONLINE_CHECKED}),
     "lse_two_way": (lse_two_way_kernel, {"": FIXED, " checked": FIXED_CHECKED}),
-    "lse_masked": (lse_masked_kernel, {" drop": PLAIN | {"SAME": "drop"}, " sum, bias": {"SAME": "sum"}}),
+    "lse_masked": (
+        lse_masked_kernel,
+        {
+            " drop": DROP | FIXED,
+            " sum online": DROP | ONLINE_CHECKED | {"SAME": "sum"},
+            " sum, bias": {"SAME": "sum"} | ONLINE,
+        },
+    ),
     "lse_backward": (lse_backward_kernel, {"": FIXED}),
     "lse_backward_online": (lse_backward_kernel, {" online": ONLINE_CHECKED}),
     "lse_weight": (
         lse_weight_kernel,
-        {"": PLAIN | FIXED, " online": PLAIN | ONLINE_CHECKED, " sum, bias, pull": {"SAME": "sum"} | ONLINE},
+        {
+            "": PLAIN | FIXED,
+            " online": PLAIN | ONLINE_CHECKED,
+            " sum, pull": FIXED | {"SAME": "sum", "p_bias": None},
+            " sum, bias, pull": {"SAME": "sum"} | ONLINE,
+        },
     ),
     "softplus_rows": (softplus_rows_kernel, {"": PLAIN, " only": {"SAME": "only"}}),
     "softplus_weight": (
@@ -117,17 +130,20 @@ def row_cases():
     for d in (128, 4096):
         block_m, block_d = launch.row_block(d)
         for dtype, z in (("fp16", "fp16"), ("bf16", "fp16"), ("fp32", "fp32")):
-            constants = {"NORMALIZE": True, "BLOCK_M": block_m, "BLOCK_D": block_d, "p_w": None}
+            constants = {"NORMALIZE": True, "BLOCK_M": block_m, "BLOCK_D": block_d}
             types = {n: f"*{dtype}" for n in ("p_x1", "p_x2", "p_dx1", "p_dx2")} | {"p_z": f"*{z}"}
+            types |= dict.fromkeys(("p_share", "p_slope"), "*fp64")
             for name, kernel in (("normalize_pair", normalize_pair_kernel), ("pair_backward", pair_backward_kernel)):
                 label = {"kernel": name, "dtype": dtype, "d": f"<= {d}", "tile": f"{block_m}x{block_d}"}
                 options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
                 yield label | {"warps": 8, "stages": 1}, kernel, types, constants, options, False
-    for name, kernel in (("row_weight", row_weight_kernel), ("lse_combine", lse_combine_kernel)):
-        constants = {"BLOCK_M": 128, "WEIGHT_BITS": 14, "ONLINE_MAX": True, "CHECK_RANGE": False}
-        constants |= {"p_w": None, "p_norms": None}
-        label = {"kernel": name, "dtype": "fp32", "d": "-", "tile": "128", "warps": 4, "stages": 1}
-        yield label, kernel, {}, constants, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}, False
+    for kernel in (row_weight_kernel, lse_combine_kernel, pair_loss_kernel, sum_kernel):
+        constants = {"BLOCK_M": 128, "BLOCK": 1024, "WEIGHT_BITS": 14, "ONLINE_MAX": True, "CHECK_RANGE": True}
+        constants |= {"POSITIVE_COUNTS": True, "SUM": True, "p_w": None, "p_norms": None}
+        types = dict.fromkeys(("p_lse", "p_loss", "p_whole", "p_share", "p_x"), "*fp64")
+        name, tile = kernel.fn.__name__.removesuffix("_kernel"), "1024" if kernel is sum_kernel else "128"
+        label = {"kernel": name, "dtype": "fp32", "d": "-", "tile": tile, "warps": 4, "stages": 1}
+        yield label, kernel, types, constants, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}, False
 
 
 def compile_case(case, arch: int) -> dict:
@@ -142,7 +158,7 @@ def compile_case(case, arch: int) -> dict:
         elif name.startswith("p_"):
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name in ("log2_cols", "sign") else "i32"
+            signature[name] = "fp32" if name in ("log2_cols", "sign", "weight", "pull") else "i32"
         # What a launch sees: torch aligns its allocations, and usual widths are multiples of 16.
         if signature[name].startswith("*") or name in ("d", "stride_z"):
             attrs[(index,)] = [["tt.divisibility", 16]]

@@ -46,3 +46,10 @@ def test_rectangular_sums_stay_short(row_blocks):
     least = col_blocks // launch.FLUSH_TILES
     splits, per_split = operands.split(row_blocks, col_blocks, launch.MAX_PARTIALS, least)
     assert per_split <= launch.FLUSH_TILES and splits <= launch.MAX_PARTIALS and splits * per_split >= col_blocks
+
+
+def test_registers_leave_room_for_the_programs_of_a_tile():
+    """65,536 registers of a multiprocessor; a thread has 255 at most, which nobody has to say."""
+    assert launch.Tile(128, 64, 64, 8, 3, 2).options["maxnreg"] == 128
+    for tile in (launch.Tile(128, 64, 64, 8, 3), launch.Tile(64, 64, 64, 4, 3, 2)):
+        assert "maxnreg" not in tile.options

@@ -10,6 +10,7 @@ import torch
 
 import fastcl.ops
 from fastcl import nt_xent, reference
+from fastcl.losses.batch import checked_scale
 from fastcl.ops import chunked
 
 N, D = 6, 8
@@ -173,6 +174,15 @@ def test_one_pair_has_no_negatives(reduction, normalize, dtype):
         assert loss.eq(0).all()
         leaves = (z1, z2) if t is not temperature else (z1, z2, temperature)
         assert all(grad.eq(0).all() for grad in torch.autograd.grad(loss.sum(), leaves))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF, -INF])
+def test_scale_whose_value_nobody_read(bad):
+    """Kernels get NaN for a bad one; a good one stays as it is, with its gradient."""
+    assert checked_scale(torch.tensor(bad)).isnan()
+    good = torch.tensor([1e-38, 0.1, 3e38], requires_grad=True)
+    checked = checked_scale(good)
+    assert torch.equal(checked, good) and torch.equal(torch.autograd.grad(checked.sum(), good)[0], torch.ones(3))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

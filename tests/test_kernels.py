@@ -136,7 +136,7 @@ def test_antipodal_pair(temperature, dtype):
 def test_rows_of_any_length(scale, dtype):
     """Rows that are not normalised: the device decides between the paths, and both must be launched right."""
     z = rows_of(torch.randn(140, 40) * scale, dtype)
-    got, exact = forward_backward(z, None, 1.0, bound=-1.0)
+    got, exact = forward_backward(z, None, 1.0, bound=-math.inf)
     largest = z.double().square().sum(1).max().item()
     check_pair(f"length x{scale}", got, exact, eager_pair(z, z, 1.0), dtype, largest)
 
@@ -346,45 +346,6 @@ def _untouched(elements: int) -> torch.Tensor:
     far = torch.empty(elements, dtype=torch.float16)
     torch.use_deterministic_algorithms(True, warn_only=True)
     return far
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("n,d", [(1, 1), (5, 3), (33, 130), (3, 1000)])
-def test_rows_at_both_ends(n, d, normalize, dtype):
-    """normalize_pair and pair_backward against their twin: layout, positives, projection, weights."""
-    x = torch.randn(2, d, n, device=DEVICE).to(dtype).transpose(1, 2)
-    z, rnorm, pos = host.normalize_pair(x[0], x[1], normalize)
-    exact_z = reference.stack_views(x[0].double(), x[1].double(), normalize)
-    unit = torch.finfo(z.dtype).eps
-    assert z.dtype == (torch.float16 if normalize and dtype == torch.bfloat16 else dtype)
-    assert relative(z, exact_z) <= unit  # rounded once to the product type
-    zd = z.double()
-    # Of the rounded rows, in fp32: d products.
-    assert relative(pos, (zd[:n] * zd[n:]).sum(1)) < 1e-6 * max(1, d**0.5)
-    grad, pull = torch.randn(2 * n, d, device=DEVICE), torch.rand(2 * n, device=DEVICE)
-    dx1, dx2, rowdot = host.pair_backward(z, rnorm, grad, scalar(3.0), pull, dtype)
-    dz = 3.0 * grad.double() - (pull + pull.roll(n)).double()[:, None] * zd.roll(n, 0)
-    exact = dz
-    if normalize:
-        exact = (dz - zd * (zd * dz).sum(1, keepdim=True)) * rnorm.double()[:, None]
-    assert dx1.dtype == dtype
-    scale = dz.norm() * (rnorm.double().max() if normalize else 1)
-    error = (torch.cat([dx1, dx2]).double() - exact).norm() / scale
-    assert error < 2 * torch.finfo(dtype).eps + 1e-6  # rounded once on the way out
-    assert relative(rowdot, (zd * grad.double()).sum(1)) < 1e-5
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-14, 1e-6, 1e6, 1e30])
-def test_normalize_lengths(scale):
-    """Squares of such rows leave the fp32 range; rows shorter than 1e-12 count as zero and get no gradient."""
-    x = torch.randn(6, 9, device=DEVICE) * scale
-    z, rnorm, _ = host.normalize_pair(x, x, True)
-    assert relative(z[:6], reference.normalize(x.double())) < 1e-6
-    if scale < 1e-13:
-        assert rnorm.eq(0).all()
-    else:
-        assert relative(rnorm[:6] * scale, scale / torch.linalg.vector_norm(x.double(), dim=1)) < 1e-6
 
 
 @pytest.mark.parametrize("precision,bound", [("highest", 1e-6), ("high", 2e-3)])

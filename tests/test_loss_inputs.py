@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastcl import alignment_loss, decoupled_nt_xent, generalized_contrastive_loss, uniformity_loss
 from loss_cases import BACKENDS, DTYPES, LOSSES, TEMPERED, compare, pair, route
@@ -183,7 +184,12 @@ def test_one_pair(loss, normalize, dtype):
     """No negatives: what is left of each loss, and its gradient."""
     z1, z2 = ((0.5 * z).to(dtype) for z in pair(1, D, "cpu"))
     temperature = 0.5 if loss in TEMPERED else None
-    compare(LOSSES[loss](dtype), z1, z2, f"one pair {loss}", temperature, normalize=normalize)
+    floor = 0.0
+    if dtype == torch.bfloat16 and loss == "decoupled" and normalize:
+        # One product of two rows, each rounded to bf16, by at most 2^-9 an entry: eager errs twice as much in the mean,
+        # and may be lucky with one pair.
+        floor = 2**-8 / F.cosine_similarity(z1.double(), z2.double()).abs().item()
+    compare(LOSSES[loss](dtype), z1, z2, f"one pair {loss}", temperature, floor=floor, normalize=normalize)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

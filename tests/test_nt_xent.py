@@ -11,11 +11,11 @@ import torch.nn.functional as F
 import fastcl.ops
 from error_rule import check
 from fastcl import _native, nt_xent, reference
-from fastcl.ops import chunked
+from fastcl.ops import UNIT_ROWS, chunked
 from fastcl.ops.similarity import TwoViewLoss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = ("normalize_pair", "lse_forward", "lse_backward", "pair_backward")
+OPS = ("normalize_pair", "lse_forward", "pair_loss", "lse_backward", "pair_backward")
 
 
 def _eager(z1, z2, temperature, normalize=True, reduction="mean"):
@@ -41,7 +41,7 @@ def _eager(z1, z2, temperature, normalize=True, reduction="mean"):
     ]
 )
 def backend(request, monkeypatch):
-    """Routes the four ops; the name of the device to put tensors on."""
+    """Routes the five ops; the name of the device to put tensors on."""
     if request.param in ("chunked", "triton"):
         if request.param == "triton":
             from fastcl.kernels import host as module
@@ -169,16 +169,15 @@ def test_grad_scaler_factor_in_fp16(backend, scale):
 
 @pytest.mark.parametrize("weight", [0.1, 2.0])
 def test_other_weights_of_alignment_and_distribution(backend, weight):
-    """TwoViewLoss with coefficients: weight * lse_i - <z_i, z_p(i)>, the decoupled form of P1 Eq. 4."""
+    """TwoViewLoss with other weights: weight * lse_i - <z_i, z_p(i)>, the decoupled form of P1 Eq. 4."""
     name, device = backend
     _supported(name, torch.float64)
     leaves = [torch.randn(9, 5, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
-    leaves += [torch.tensor(x, dtype=torch.float64, device=device, requires_grad=True) for x in (3.0, weight)]
-    x1, x2, scale, coefficient = leaves
-    pull = torch.ones_like(scale)
-    got = TwoViewLoss.apply(x1, x2, scale, coefficient, pull, True, -1.0, True, True, None, "decoupled")
+    leaves.append(torch.tensor(3.0, dtype=torch.float64, device=device, requires_grad=True))
+    x1, x2, scale = leaves
+    got, _ = TwoViewLoss.apply(x1, x2, scale, weight, 1.0, True, UNIT_ROWS, True, 1, None, "decoupled")
     z = reference.stack_views(x1, x2)
-    exact = (coefficient * reference.similarity_lse(z, z, scale, 0) - reference.positives(z)).sum()
+    exact = (weight * reference.similarity_lse(z, z, scale, 0) - reference.positives(z)).sum()
     check("decoupled", got, exact, exact, torch.float64)
     for ours, theirs in zip(_gradients(got, *leaves), _gradients(exact, *leaves), strict=True):
         check("decoupled gradient", ours, theirs, theirs, torch.float64)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from error_rule import check
 from fastcl import _native, reference
-from fastcl.ops import chunked
+from fastcl.ops import ANY_ROWS, UNIT_ROWS, chunked
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 # One row, one column, none of either, blocks that vectors do not fill, several blocks on either side or both.
@@ -139,7 +139,7 @@ def test_lse_of_the_rows_themselves(ops, n, pair, same, biased, dtype):
 def test_scales(ops, scale, length, dtype):
     """Both forms of the exponential; from the bound that the caller knows, and from the rows' lengths."""
     a, b = length * unit(150, 16, dtype), length * unit(90, 16, dtype)
-    for bound in (scale, -1.0) if length == 1 else (-1.0,):
+    for bound in (scale, UNIT_ROWS, ANY_ROWS) if length == 1 else (ANY_ROWS,):
         compare_lse(ops, a, b, scale, bound, 0, {}, columns=True)
         compare_lse(ops, a, b, scale, bound, 90, masks(150, 90, "sum"))
         compare_lse(ops, a, None, scale, bound, 0, masks(150, 150, "sum"))

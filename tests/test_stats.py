@@ -50,7 +50,9 @@ def compare(what, z1, z2, temperature, normalize=True):
         beside = {"negative_similarity": exact.positive_similarity, "entropy": most}.get(name)
         values = [x if beside is None else torch.stack([x.double(), beside]) for x in
                   (getattr(found, name) for found in (got, exact, eager))]  # fmt: skip
-        check(f"{what} {name}", *values, z1.dtype)
+        # Rows are rounded to bf16 where that is multiplied, by up to 2^-8 in length: a few rows do not average it out.
+        floor = 2**-8 if name == "uniformity" and z1.dtype == torch.bfloat16 else 0.0
+        check(f"{what} {name}", *values, z1.dtype, floor)
     return got
 
 

@@ -69,10 +69,16 @@ double largest_norm(const at::Tensor& x) {
   return std::sqrt(largest);
 }
 
-// The caller's bound of |scale * <a_i, b_j>|, or one from the norms if it is negative.
+// The caller's bound of |scale * <a_i, b_j>|; negative where it does not know the scale: -1 for unit
+// rows, any other for rows whose norms are to be found.
 template <typename T>
 double similarity_bound(double bound, double scale, const at::Tensor& a, const at::Tensor& b) {
   if (bound >= 0) return bound;
+  if (bound == -1) return scale;
+  if (a.scalar_type() == at::kBFloat16) {
+    const at::Tensor wide = a.to(at::kFloat);
+    return similarity_bound<T>(bound, scale, wide, a.is_same(b) ? wide : b.to(at::kFloat));
+  }
   const double norm_a = largest_norm<T>(a);
   return scale * norm_a * (a.is_same(b) ? norm_a : largest_norm<T>(b));
 }

@@ -33,14 +33,18 @@ class GradientSums {
     }
   }
 
-  // block += weights * rows
-  void add(int64_t copy, int64_t b, const at::Tensor& weights, const at::Tensor& rows) {
+  // block += the tile's weights, or their transpose, times block j of the rows
+  void add(int64_t copy, int64_t b, TileScratch<T>& weights, bool transposed, const RowBlocks& rows,
+           int64_t j) {
     Block& block = state_[copy * per_copy_ + b];
     if (block.pending == kFold) fold(block);
-    if (block.pending == 0) {
-      at::cpu::mm_out(block.view, weights, rows);
+    if (rows.bf16() != nullptr) {
+      weights.sum_bf16(transposed, rows.bf16()->summands(j), sum_.data_ptr<T>() + block.offset,
+                       block.pending > 0);
+    } else if (block.pending == 0) {
+      at::cpu::mm_out(block.view, weights.view(transposed), rows.rows(j));
     } else {
-      at::cpu::addmm_(block.view, weights, rows);
+      at::cpu::addmm_(block.view, weights.view(transposed), rows.rows(j));
     }
     ++block.pending;
   }

@@ -156,7 +156,7 @@ std::vector<at::Tensor> backward(const PairArguments& args, double scale, double
     for (at::Tensor& x : out) x.fill_(std::numeric_limits<double>::quiet_NaN());
     return out;
   }
-  const Pairs<T> pairs(args, range.factor);
+  const Pairs<T> pairs(args, range.factor, columns ? Summands::kBoth : Summands::kColumns);
   const Weights<T> w(args, pairs, range, a, b, weights.factor);
   const RowBlocks &row_blocks = pairs.rows(), &col_blocks = pairs.cols();
   const auto scratch = [&] { return pairs.scratch(); };
@@ -164,9 +164,9 @@ std::vector<at::Tensor> backward(const PairArguments& args, double scale, double
     GradientSums<T> g(args.a, row_blocks, 1, row_blocks.count());
     for_each_block_pair(row_blocks.count(), scratch, [&](auto& tile, int64_t i, int64_t j) {
       w.fill(tile, i, j);
-      g.add(0, i, tile.view(), row_blocks.rows(j));
+      g.add(0, i, tile, false, row_blocks, j);
       // The weights are symmetric, so the transposed tile serves the other block.
-      if (i != j) g.add(0, j, tile.view_transposed(), row_blocks.rows(i));
+      if (i != j) g.add(0, j, tile, true, row_blocks, i);
     });
     return {g.finish(weights.factor)};
   }
@@ -176,8 +176,8 @@ std::vector<at::Tensor> backward(const PairArguments& args, double scale, double
     GradientSums<T> g_columns(*args.b, col_blocks, cells.col_copies, row_blocks.count());
     cells.run(scratch, [&](auto& tile, int64_t row_copy, int64_t col_copy, int64_t i, int64_t j) {
       w.fill(tile, i, j);
-      g.add(row_copy, i, tile.view(), col_blocks.rows(j));
-      g_columns.add(col_copy, j, tile.view_transposed(), row_blocks.rows(i));
+      g.add(row_copy, i, tile, false, col_blocks, j);
+      g_columns.add(col_copy, j, tile, true, row_blocks, i);
     });
     return {g.finish(weights.factor), g_columns.finish(weights.factor)};
   }
@@ -185,7 +185,7 @@ std::vector<at::Tensor> backward(const PairArguments& args, double scale, double
   GradientSums<T> g(args.a, row_blocks, stripes.count, stripes.width);
   stripes.run(scratch, [&](auto& tile, int64_t stripe, int64_t i, int64_t j) {
     w.fill(tile, i, j);
-    g.add(stripe, i, tile.view(), col_blocks.rows(j));
+    g.add(stripe, i, tile, false, col_blocks, j);
   });
   return {g.finish(weights.factor)};
 }
@@ -204,13 +204,13 @@ std::vector<at::Tensor> lse_backward(
   TORCH_CHECK_VALUE(ids.same == Same::kSum || !(pull_a.has_value() || pull_b.has_value()), kOp,
                     ": same must be sum with pull_a or pull_b, got ", same);
   SideArguments rows{lse_a, w_a, pull_a}, cols{lse_b, w_b, pull_b};
-  rows.check("a", a.size(0), a.scalar_type());
-  if (b.has_value()) cols.check("b", b->size(0), a.scalar_type());
+  rows.check("a", a.size(0), compute_type(a));
+  if (b.has_value()) cols.check("b", b->size(0), compute_type(a));
   const PlainDispatch plain;
   const PairArguments args(a, b, offset, pair, ids, bias);
   rows = rows.contiguous();
   cols = b.has_value() ? cols.contiguous() : rows;
-  const auto run = a.scalar_type() == at::kFloat ? &backward<float> : &backward<double>;
+  const auto run = compute_type(a) == at::kFloat ? &backward<float> : &backward<double>;
   return run(args, scale.item<double>(), bound, rows, cols, columns);
 }
 

@@ -139,7 +139,7 @@ void forward(const PairArguments& args, double scale, double bound, bool columns
     }
     return;
   }
-  const Pairs<T> pairs(args, range.factor);
+  const Pairs<T> pairs(args, range.factor, Summands::kNone);
   const RowBlocks &row_blocks = pairs.rows(), &col_blocks = pairs.cols();
   const int64_t rows = args.a.size(0);
   const auto scratch = [&] { return pairs.scratch(); };
@@ -203,7 +203,7 @@ Results lse_forward(const at::Tensor& a, const OptionalTensor& b, const at::Tens
     out.push_back(row_numbers(a));
     out.push_back(row_numbers(a, at::kLong));
   }
-  const auto run = a.scalar_type() == at::kFloat ? &forward<float> : &forward<double>;
+  const auto run = compute_type(a) == at::kFloat ? &forward<float> : &forward<double>;
   run(args, scale.item<double>(), bound, columns, out);
   return out;
 }

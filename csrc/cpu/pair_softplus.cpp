@@ -24,8 +24,8 @@ void fill_nan(const Results& out) {
 // The sign is part of the factor of the products: pairs that are left out keep their -inf, of which
 // softplus and sigmoid are 0.
 template <typename T>
-Pairs<T> signed_pairs(const PairArguments& args, double scale, double sign) {
-  return Pairs<T>(args, static_cast<T>(sign * scale));
+Pairs<T> signed_pairs(const PairArguments& args, double scale, double sign, Summands summands) {
+  return Pairs<T>(args, static_cast<T>(sign * scale), summands);
 }
 
 // Sums of softplus and slopes of rows, `copies` independent sets of them.
@@ -59,7 +59,7 @@ template <typename T>
 void forward(const PairArguments& args, double scale, double sign, const at::Tensor& beta,
              const Results& out) {
   if (!usable_scale(scale)) return fill_nan(out);
-  const Pairs<T> pairs = signed_pairs<T>(args, scale, sign);
+  const Pairs<T> pairs = signed_pairs<T>(args, scale, sign, Summands::kNone);
   const RowBlocks &row_blocks = pairs.rows(), &col_blocks = pairs.cols();
   const std::vector<T> betas = padded<T>(beta, args.a.size(0), T(0));
   const auto scratch = [&] { return pairs.scratch(); };
@@ -110,7 +110,7 @@ at::Tensor backward(const PairArguments& args, double scale, double sign,
     fill_nan({g});
     return g;
   }
-  const Pairs<T> pairs = signed_pairs<T>(args, scale, sign);
+  const Pairs<T> pairs = signed_pairs<T>(args, scale, sign, Summands::kColumns);
   const RowBlocks &row_blocks = pairs.rows(), &col_blocks = pairs.cols();
   const Side<T> row_side(beta_a, w_a, args.a.size(0));
   const Side<T> col_side(beta_b, w_b, args.columns().size(0));
@@ -124,9 +124,9 @@ at::Tensor backward(const PairArguments& args, double scale, double sign,
     GradientSums<T> g(args.a, row_blocks, 1, row_blocks.count());
     for_each_block_pair(row_blocks.count(), scratch, [&](auto& tile, int64_t i, int64_t j) {
       weigh(tile, i, j);
-      g.add(0, i, tile.view(), row_blocks.rows(j));
+      g.add(0, i, tile, false, row_blocks, j);
       // Both sides are the same, so the weights are symmetric.
-      if (i != j) g.add(0, j, tile.view_transposed(), row_blocks.rows(i));
+      if (i != j) g.add(0, j, tile, true, row_blocks, i);
     });
     return g.finish(1);
   }
@@ -134,7 +134,7 @@ at::Tensor backward(const PairArguments& args, double scale, double sign,
   GradientSums<T> g(args.a, row_blocks, stripes.count, stripes.width);
   stripes.run(scratch, [&](auto& tile, int64_t stripe, int64_t i, int64_t j) {
     weigh(tile, i, j);
-    g.add(stripe, i, tile.view(), col_blocks.rows(j));
+    g.add(stripe, i, tile, false, col_blocks, j);
   });
   return g.finish(1);
 }
@@ -149,7 +149,7 @@ RowNumbers both(const PairArguments& args, double scale, double sign, const at::
     fill_nan({out[0], out[1], std::get<0>(g), std::get<1>(g)});
     return g;
   }
-  const Pairs<T> pairs = signed_pairs<T>(args, scale, sign);
+  const Pairs<T> pairs = signed_pairs<T>(args, scale, sign, Summands::kBoth);
   const RowBlocks &row_blocks = pairs.rows(), &col_blocks = pairs.cols();
   const Side<T> side(beta, w, a.size(0));
   const Cells cells(row_blocks.count(), col_blocks.count());
@@ -162,8 +162,8 @@ RowNumbers both(const PairArguments& args, double scale, double sign, const at::
     kernels<T>().softplus_row_sums(pairs.similarities(tile, i, j), side.betas(row),
                                    side.weights(row), sums.sum(row_copy, row),
                                    sums.slope(row_copy, row));
-    g_a.add(row_copy, i, tile.view(), col_blocks.rows(j));
-    g_b.add(col_copy, j, tile.view_transposed(), row_blocks.rows(i));
+    g_a.add(row_copy, i, tile, false, col_blocks, j);
+    g_b.add(col_copy, j, tile, true, row_blocks, i);
   });
   sums.finish(out[0], out[1]);
   return {g_a.finish(1), g_b.finish(1)};
@@ -179,12 +179,12 @@ RowNumbers softplus_forward(const at::Tensor& a, const OptionalTensor& b, const 
                             std::string_view same) {
   constexpr const char* kOp = "softplus_forward";
   check_operands(kOp, a, b, scale, offset, 0);
-  check_vector(kOp, "beta", beta, a.size(0), a.scalar_type());
+  check_vector(kOp, "beta", beta, a.size(0), compute_type(a));
   check_sign(kOp, sign);
   const PairArguments args(a, b, offset, 0, check_ids(kOp, a, b, ids_a, ids_b, same));
   const PlainDispatch plain;
   const Results out{row_numbers(a), row_numbers(a)};
-  const auto run = a.scalar_type() == at::kFloat ? &forward<float> : &forward<double>;
+  const auto run = compute_type(a) == at::kFloat ? &forward<float> : &forward<double>;
   run(args, scale.item<double>(), sign, beta.contiguous(), out);
   return {out[0], out[1]};
 }
@@ -198,7 +198,7 @@ at::Tensor softplus_backward(const at::Tensor& a, const OptionalTensor& b, const
   check_operands(kOp, a, b, scale, offset, 0);
   check_sign(kOp, sign);
   const auto check = [&](const char* name, const OptionalTensor& x, int64_t n) {
-    if (x.has_value()) check_vector(kOp, name, *x, n, a.scalar_type());
+    if (x.has_value()) check_vector(kOp, name, *x, n, compute_type(a));
   };
   check("beta_a", beta_a, a.size(0));
   check("w_a", w_a, a.size(0));
@@ -208,7 +208,7 @@ at::Tensor softplus_backward(const at::Tensor& a, const OptionalTensor& b, const
   }
   const PairArguments args(a, b, offset, 0, check_ids(kOp, a, b, ids_a, ids_b, same));
   const PlainDispatch plain;
-  const auto run = a.scalar_type() == at::kFloat ? &backward<float> : &backward<double>;
+  const auto run = compute_type(a) == at::kFloat ? &backward<float> : &backward<double>;
   const OptionalTensor rows = contiguous(beta_a), row_w = contiguous(w_a);
   return run(args, scale.item<double>(), sign, rows, b.has_value() ? contiguous(beta_b) : rows,
              row_w, b.has_value() ? contiguous(w_b) : row_w);
@@ -220,13 +220,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softplus_both(
     const OptionalTensor& ids_b, std::string_view same) {
   constexpr const char* kOp = "softplus_both";
   check_operands(kOp, a, b, scale, offset, 0);
-  check_vector(kOp, "beta", beta, a.size(0), a.scalar_type());
+  check_vector(kOp, "beta", beta, a.size(0), compute_type(a));
   check_sign(kOp, sign);
-  if (w.has_value()) check_vector(kOp, "w", *w, a.size(0), a.scalar_type());
+  if (w.has_value()) check_vector(kOp, "w", *w, a.size(0), compute_type(a));
   const PairArguments args(a, b, offset, 0, check_ids(kOp, a, b, ids_a, ids_b, same));
   const PlainDispatch plain;
   const Results out{row_numbers(a), row_numbers(a)};
-  const auto run = a.scalar_type() == at::kFloat ? &both<float> : &both<double>;
+  const auto run = compute_type(a) == at::kFloat ? &both<float> : &both<double>;
   const auto [g_a, g_b] =
       run(args, scale.item<double>(), sign, beta.contiguous(), contiguous(w), out);
   return {out[0], out[1], g_a, g_b};

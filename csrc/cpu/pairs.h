@@ -103,8 +103,8 @@ struct PairArguments {
 
   PairArguments(const at::Tensor& rows, const OptionalTensor& columns, int64_t offset, int64_t pair,
                 PairIds pair_ids, const OptionalTensor& column_bias = std::nullopt)
-      : a(rows.contiguous()),
-        b(contiguous(columns)),
+      : a(operand(rows)),
+        b(columns.has_value() ? OptionalTensor(operand(*columns)) : std::nullopt),
         offset(offset),
         pair(pair),
         ids(std::move(pair_ids)),
@@ -119,15 +119,29 @@ struct PairArguments {
   }
 
   const at::Tensor& columns() const { return b.has_value() ? *b : a; }
+
+ private:
+  static at::Tensor operand(const at::Tensor& x) {
+    const bool widen = x.scalar_type() == at::kBFloat16 && !bf16_products();
+    return (widen ? x.to(at::kFloat) : x).contiguous();
+  }
 };
+
+// What is summed up with the weights of a tile: nothing, the columns, or both sides.
+enum class Summands { kNone, kColumns, kBoth };
 
 template <typename T>
 class Pairs {
  public:
   // factor: of the products in a tile.
-  Pairs(const PairArguments& args, T factor)
-      : args_(args), factor_(factor), rows_(args.a, block_rows<T>(args.a.size(0))) {
-    if (args.b.has_value()) cols_.emplace(*args.b, block_rows<T>(args.b->size(0)));
+  Pairs(const PairArguments& args, T factor, Summands summands)
+      : args_(args),
+        factor_(factor),
+        rows_(args.a, block_rows<T>(args.a.size(0)), !args.b.has_value(),
+              summands == Summands::kBoth || (summands != Summands::kNone && !args.b.has_value())) {
+    if (args.b.has_value()) {
+      cols_.emplace(*args.b, block_rows<T>(args.b->size(0)), true, summands != Summands::kNone);
+    }
     if (args.ids.same != Same::kKeep) codes_.emplace(*args.ids.a, pointer(args.ids.b));
     if (args.bias.has_value()) bias_ = padded<T>(args.bias, args.bias->numel(), T(0));
   }

@@ -12,12 +12,14 @@
 namespace fastcl::cpu {
 
 // Runs task(scratch, t) for t = 0..count-1, handed out in that order; make_scratch() once per
-// working thread. Even one task runs inside the parallel region: outside it the matrix product
-// would start threads of its own, and round differently.
+// working thread. Even one task runs inside the parallel region, which takes two threads: outside
+// it the matrix product would start threads of its own, and round differently. More threads than
+// tasks are not woken.
 template <typename MakeScratch, typename Task>
 void run_tasks(int64_t count, const MakeScratch& make_scratch, const Task& task) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(count, 2));
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     if (next.load(std::memory_order_relaxed) >= count) return;
     // Before a task is taken: without memory for it no other task would wait for this one's turn.
     auto scratch = make_scratch();

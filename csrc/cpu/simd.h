@@ -104,8 +104,12 @@ struct Kernels {
 template <typename T>
 const Kernels<T>& kernels();
 
-// "avx512", "avx2" or "baseline".
+// "avx512", "avx2" or "baseline": what kernels() gives at the moment.
 const char* simd_level();
+
+// Makes kernels() give those of this level; false, and nothing happens, where the processor or the
+// build lacks it. For tests: not while an op runs.
+bool use_simd(const char* name);
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define FASTCL_X86_DISPATCH 1

@@ -52,7 +52,7 @@ void run(const PairArguments& args, double scale, const Statistics& out) {
     }
     return;
   }
-  const Pairs<T> pairs(args, static_cast<T>(scale));
+  const Pairs<T> pairs(args, static_cast<T>(scale), Summands::kNone);
   const Stripes stripes(pairs.rows().count(), pairs.cols().count());
   const int64_t rows = args.a.size(0);
   std::vector<Moments> parts(stripes.count * rows);
@@ -93,7 +93,7 @@ Statistics similarity_stats(const at::Tensor& a, const OptionalTensor& b, const 
   PairArguments args(a, b, offset, pair, {});
   if (!b.has_value()) args.make_rectangular();
   const Statistics out{row_numbers(a), row_numbers(a), row_numbers(a)};
-  a.scalar_type() == at::kFloat ? run<float>(args, scale.item<double>(), out)
+  compute_type(a) == at::kFloat ? run<float>(args, scale.item<double>(), out)
                                 : run<double>(args, scale.item<double>(), out);
   return out;
 }

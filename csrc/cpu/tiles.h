@@ -11,8 +11,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "../checks.h"
+#include "bf16.h"
 #include "simd.h"
 
 namespace fastcl::cpu {
@@ -41,16 +44,25 @@ int64_t block_rows(int64_t rows) {
   return round_up(divide_up(rows, divide_up(rows, wanted)), 8);
 }
 
+// In the type that is calculated in.
 inline at::Tensor empty_like_rows(const at::Tensor& x, at::IntArrayRef shape) {
-  return at::Tensor(at::detail::empty_cpu(shape, x.options()));
+  return at::Tensor(at::detail::empty_cpu(shape, x.options().dtype(compute_type(x))));
 }
 
-// A contiguous matrix [R, D] cut into blocks of rows, with a view of each made once.
+// A contiguous matrix [R, D] cut into blocks of rows, with a view of each made once, or with the
+// layouts of each that products of bf16 take.
 class RowBlocks {
  public:
-  RowBlocks(const at::Tensor& x, int64_t block)
+  // columns: the blocks are columns of tiles; summands: they are summed up with weights.
+  RowBlocks(const at::Tensor& x, int64_t block, bool columns, bool summands)
       : rows_(x.size(0)), block_(block), count_(divide_up(rows_, block)) {
     const int64_t d = x.size(1);
+    if (x.scalar_type() == at::kBFloat16) {
+      bf16_.emplace(x, block);
+      if (columns) bf16_->pack_columns();
+      if (summands) bf16_->pack_summands();
+      return;
+    }
     for (int64_t b = 0; b < count_; ++b) {
       const int64_t offset = x.storage_offset() + start(b) * d;
       views_.push_back(at::cpu::as_strided(x, {size(b), d}, {d, 1}, offset));
@@ -64,10 +76,19 @@ class RowBlocks {
   int64_t size(int64_t b) const { return std::min(block_, rows_ - b * block_); }
   const at::Tensor& rows(int64_t b) const { return views_[b]; }             // [size, D]
   const at::Tensor& transposed(int64_t b) const { return transposed_[b]; }  // [D, size]
+  const Bf16Rows* bf16() const { return bf16_.has_value() ? &*bf16_ : nullptr; }
 
  private:
   int64_t rows_, block_, count_;
   std::vector<at::Tensor> views_, transposed_;
+  std::optional<Bf16Rows> bf16_;  // instead of the views
+};
+
+struct Bf16Scratch {
+  at::Tensor weights;
+  Bf16Scratch() = default;
+  Bf16Scratch(Bf16Scratch&&) = default;
+  ~Bf16Scratch() { bf16_release(); }
 };
 
 // The scratch of one thread.
@@ -75,7 +96,13 @@ template <typename T>
 class TileScratch {
  public:
   TileScratch(const at::Tensor& like, int64_t max_rows, int64_t max_cols)
-      : ld_(round_up(max_cols, kPadLanes)), buffer_(empty_like_rows(like, {max_rows, ld_})) {}
+      : ld_(round_up(max_cols, kPadLanes)), buffer_(empty_like_rows(like, {max_rows, ld_})) {
+    if (like.scalar_type() != at::kBFloat16) return;
+    bf16_.emplace();
+    const int64_t wide = std::max(round_up(max_rows, 32), round_up(max_cols, 32));
+    bf16_->weights = at::Tensor(
+        at::detail::empty_cpu({std::max(max_rows, max_cols), wide}, like.options()));
+  }
 
   // s = factor * a_block * b_block^T, -inf in the padding and where a row meets itself (column
   // row + offset) or its partner: column row + pair + offset in the first `pair` rows,
@@ -83,10 +110,9 @@ class TileScratch {
   Tile<T> product(const RowBlocks& a, int64_t i, const RowBlocks& b, int64_t j, int64_t offset,
                   int64_t pair, T factor) {
     const int64_t rows = a.size(i), cols = b.size(j);
-    view_ = at::cpu::as_strided(buffer_, {rows, cols}, {ld_, 1}, 0);
-    at::cpu::mm_out(view_, a.rows(i), b.transposed(j));
     constexpr T kMasked = -std::numeric_limits<T>::infinity();
     T* const s = buffer_.data_ptr<T>();
+    multiply(a, i, b, j, s);
     if (factor != 1) {
       // Not by the product's own factor: BLAS multiplies one operand by it, and S_ij and S_ji differ.
       for (int64_t r = 0; r < rows; ++r) kernels<T>().scale_row(s + r * ld_, factor, cols);
@@ -98,6 +124,7 @@ class TileScratch {
       }
     }
     const Tile<T> tile{s, rows, cols, ld_};
+    tile_ = tile;
     self_ = a.start(i) + offset - b.start(j);  // column left out in row 0
     pair_ = pair;
     half_ = std::clamp<int64_t>(pair - a.start(i), 0, rows);
@@ -114,13 +141,35 @@ class TileScratch {
     }
   }
 
-  // The valid part of the tile of the last product().
-  const at::Tensor& view() const { return view_; }
-  at::Tensor view_transposed() const {
-    return at::cpu::as_strided(buffer_, {view_.size(1), view_.size(0)}, {1, ld_}, 0);
+  // The valid part of the tile of the last product(), or its transpose.
+  at::Tensor view(bool transposed) const {
+    if (transposed) return at::cpu::as_strided(buffer_, {tile_.cols, tile_.rows}, {1, ld_}, 0);
+    return at::cpu::as_strided(buffer_, {tile_.rows, tile_.cols}, {ld_, 1}, 0);
+  }
+
+  // out (+)= the same times the rows of a block of bf16.
+  void sum_bf16(bool transposed, const Bf16Panels& rows, T* out, bool add) {
+    if constexpr (std::is_same_v<T, float>) {
+      at::BFloat16* const w = bf16_->weights.template data_ptr<at::BFloat16>();
+      const int64_t m = transposed ? tile_.cols : tile_.rows;
+      const int64_t ld = round_up(transposed ? tile_.rows : tile_.cols, 32);
+      transposed ? bf16_tile_transposed(tile_, w, ld) : bf16_tile(tile_, w, ld);
+      bf16_product(w, m, ld, rows, out, rows.n, add);
+    }
   }
 
  private:
+  void multiply(const RowBlocks& a, int64_t i, const RowBlocks& b, int64_t j, T* s) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (a.bf16() != nullptr) {
+        return bf16_product(a.bf16()->rows(i), a.size(i), a.bf16()->ld(), b.bf16()->columns(j), s,
+                            ld_, false);
+      }
+    }
+    at::Tensor view = at::cpu::as_strided(buffer_, {a.size(i), b.size(j)}, {ld_, 1}, 0);
+    at::cpu::mm_out(view, a.rows(i), b.transposed(j));
+  }
+
   // s[r, r + diagonal] = value for the rows first..last-1 in which that column exists.
   static void fill_diagonal(const Tile<T>& s, int64_t first, int64_t last, int64_t diagonal,
                             T value) {
@@ -132,7 +181,8 @@ class TileScratch {
 
   int64_t ld_;
   at::Tensor buffer_;
-  at::Tensor view_;
+  Tile<T> tile_{};  // of the last product()
+  std::optional<Bf16Scratch> bf16_;
   int64_t self_ = 0, pair_ = 0, half_ = 0;
 };
 

@@ -31,7 +31,7 @@ from .operands import (
     vector,
     weighted_products,
 )
-from .rows import normalize_pair_kernel, pair_backward_kernel
+from .rows import normalize_pair_kernel, pair_backward_kernel, pair_loss_kernel, sum_kernel
 
 __all__ = [
     "aligned_rows",
@@ -40,6 +40,7 @@ __all__ = [
     "lse_forward",
     "normalize_pair",
     "pair_backward",
+    "pair_loss",
     "product_dtype",
     "similarity_stats",
     "softplus_backward",
@@ -50,6 +51,8 @@ __all__ = [
 ROW_OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
 VECTOR_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 VECTOR_BLOCK = 128
+# Of the one program that adds up what others left.
+SUM_BLOCK = 1024
 
 
 def normalize_pair(x1, x2, normalize: bool):
@@ -66,17 +69,33 @@ def normalize_pair(x1, x2, normalize: bool):
     return z, rnorm, pos
 
 
-def pair_backward(z, rnorm, grad_lse, lse_coef, pull, dtype):
+def pair_loss(lse, pos, scale, weight: float, pull: float | None, positive_counts: bool, divisor, dtype):
+    rows, programs = lse.shape[0], triton.cdiv(lse.shape[0], VECTOR_BLOCK)
+    loss = pos.new_empty(rows if divisor is None else (), dtype=dtype)
+    whole, share = (pos.new_empty(rows, dtype=torch.float64) for _ in range(2))
+    found = loss if divisor is None else pos.new_empty(programs, dtype=torch.float64)
+    if rows:
+        pair_loss_kernel[(programs,)](
+            vector(lse), vector(pos), scale, found, whole, share, rows // 2, weight, pull,
+            POSITIVE_COUNTS=positive_counts, SUM=divisor is not None, BLOCK_M=VECTOR_BLOCK, **VECTOR_OPTIONS,
+        )  # fmt: skip
+    if divisor is not None:
+        sum_kernel[(1,)](found, loss, programs, divisor, BLOCK=SUM_BLOCK, **VECTOR_OPTIONS)
+    return loss, whole, share
+
+
+def pair_backward(z, rnorm, grad_lse, pos, share, scale, grad, w, weight: float, pull: float | None, divisor, dtype):
     n, d = z.shape[0] // 2, z.shape[1]
     dx1, dx2 = z.new_empty((n, d), dtype=dtype), z.new_empty((n, d), dtype=dtype)
-    rowdot = z.new_empty(2 * n, dtype=torch.float32)
+    slope = z.new_empty(2 * n, dtype=torch.float64)
     if n:
         block_m, block_d = launch.row_block(d)
         pair_backward_kernel[(triton.cdiv(n, block_m),)](
-            z, rnorm, grad_lse, lse_coef, pull, dx1, dx2, rowdot, n, d, z.stride(0),
+            z, rnorm, grad_lse, vector(pos), vector(share), scale, grad, vector(w), dx1, dx2, slope, n, d,
+            z.stride(0), divisor, weight, pull,
             NORMALIZE=rnorm.numel() > 0, BLOCK_M=block_m, BLOCK_D=block_d, **ROW_OPTIONS,
         )  # fmt: skip
-    return dx1, dx2, rowdot
+    return dx1, dx2, slope
 
 
 def lse_forward(
@@ -92,44 +111,73 @@ def lse_forward(
         return [*found, torch.zeros_like(found[0]), a.new_zeros(rows, dtype=torch.int64)] if same == "sum" else found
     ids = id_pair(b, ids_a, ids_b, same)
     a, b = aligned_rows(a), None if b is None else aligned_rows(b)
+    # A bias has no bound.
+    reach = Range(a, b, scale, math.inf if bias is not None else bound, max(rows, cols) if columns else cols)
     if same != "keep" or bias is not None:
-        return _lse_masked(found, a, a if b is None else b, scale, offset, pair, ids, same, vector(bias))
-    reach = Range(a, b, scale, bound, max(rows, cols) if columns else cols)
+        return _lse_masked(found, a, a if b is None else b, offset, pair, reach, ids, same, vector(bias))
+    fixed = online = [None] * len(found)
     for online_max in reach.paths:
         if columns and not online_max:
-            parts = _partials_two_way(a, b, offset, reach)
+            fixed = _partials_two_way(a, b, offset, reach)
         elif b is None and not online_max:
-            parts = [_partials_symmetric(a, pair, reach)]
+            fixed = [_partials_symmetric(a, pair, reach)]
         else:
             parts = [_partials_rows(a, a if b is None else b, offset, pair, reach, online_max)]
             if columns:
                 parts.append(_partials_rows(b, a, -offset, 0, reach, online_max))
-        for lse, part in zip(found, parts, strict=True):
-            _combine(lse, *part, reach, online_max)
+            if online_max:
+                online = parts
+            else:
+                fixed = [part for part, _ in parts]
+    for lse, *parts in zip(found, fixed, online, strict=True):
+        _combine(lse, *parts, reach)
     return found
 
 
-def _lse_masked(found, a, b, scale, offset: int, pair: int, ids, same: str, bias):
-    """Always by the online maximum; the columns' log-sum-exp from a second visit, with the roles swapped."""
-    reach = Range(a, b, scale, math.inf, b.shape[0])
-    *part, positives, counts = _partials_masked(a, b, offset, pair, reach, ids, same, bias)
-    _combine(found[0], *part, reach, True)
+def _lse_masked(found, a, b, offset: int, pair: int, reach: Range, ids, same: str, bias):
+    """The columns' log-sum-exp from a second visit, with the roles swapped."""
+    extras = _masked_side(found[0], a, b, offset, pair, reach, ids, same, bias)
     if same == "sum":
+        positives, counts = extras
         return [found[0], positives.sum(0, dtype=torch.float64), counts.sum(0, dtype=torch.int64)]
     for lse in found[1:]:
-        *part, _, _ = _partials_masked(b, a, -offset, 0, reach, ids[::-1], same, None)
-        _combine(lse, *part, reach, True)
+        _masked_side(lse, b, a, -offset, 0, reach, ids[::-1], same, None)
         if bias is not None:
             # One number for all that a column adds up.
             lse += bias
     return found
 
 
-def _combine(lse, part, part_max, reach: Range, online_max: bool) -> None:
+def _masked_side(lse, a, b, offset: int, pair: int, reach: Range, ids, same: str, bias):
+    """Fills the log-sum-exp of the rows; partial sums of the products of the pairs of the same id, and their number."""
+    rows, cols, d = a.shape[0], b.shape[0], a.shape[1]
+    tile, chunked = launch.tile("lse_masked", a)
+    row_blocks, splits, per_split = row_splits(rows, cols, tile)
+    part, part_max = (a.new_empty((splits, rows), dtype=torch.float32) for _ in range(2))
+    positives = counts = None
+    if same == "sum":
+        positives, counts = torch.empty_like(part), torch.empty_like(part, dtype=torch.int32)
+    for online_max in reach.paths:
+        lse_masked_kernel[(row_blocks, splits)](
+            *descriptors(a, b, tile), reach.scale, reach.norms, *ids, bias, part, part_max, positives, counts,
+            rows, cols, d, offset, pair, per_split, reach.log2_cols,
+            **blocks_of(tile), CHUNKED=chunked, PRECISION=precision(a.dtype), SAME=same,
+            **reach.constants(online_max), **tile.options,
+        )  # fmt: skip
+    # Both paths fill the same parts: the one that does not fit returns at once.
+    _combine(lse, part if False in reach.paths else None, (part, part_max) if True in reach.paths else None, reach)
+    return positives, counts
+
+
+def _combine(lse, fixed, online, reach: Range) -> None:
+    """From the partial sums of the constant shift, from those of the online maximum with their maxima, or from those of
+    the two that the device chose."""
     rows = lse.shape[0]
+    part, part_max = online or (fixed, fixed)
+    counts = 0 if fixed is None else fixed.shape[0], 0 if online is None else part.shape[0]
     lse_combine_kernel[(triton.cdiv(rows, VECTOR_BLOCK),)](
-        part, part_max, reach.scale, reach.norms, lse, rows, part.shape[0], reach.log2_cols,
-        BLOCK_M=VECTOR_BLOCK, **reach.constants(online_max), **VECTOR_OPTIONS,
+        part if fixed is None else fixed, part, part_max, reach.scale, reach.norms, lse, rows, *counts,
+        reach.log2_cols, BLOCK_M=VECTOR_BLOCK, CHECK_RANGE=reach.check, **VECTOR_OPTIONS,
     )  # fmt: skip
 
 
@@ -144,7 +192,7 @@ def _partials_symmetric(z, pair: int, reach: Range):
         *descriptors(z, z, tile), reach.scale, reach.norms, part, m, d, pair, blocks, per_super, reach.log2_cols,
         **blocks_of(tile), CHUNKED=chunked, PRECISION=precision(z.dtype), CHECK_RANGE=reach.check, **tile.options,
     )  # fmt: skip
-    return part, part
+    return part
 
 
 def _partials_two_way(a, b, offset: int, reach: Range):
@@ -163,7 +211,7 @@ def _partials_two_way(a, b, offset: int, reach: Range):
         rows_super, cols_super, reach.log2_cols,
         **blocks_of(tile), CHUNKED=chunked, PRECISION=precision(a.dtype), CHECK_RANGE=reach.check, **tile.options,
     )  # fmt: skip
-    return (row_part, row_part), (col_part, col_part)
+    return row_part, col_part
 
 
 def _partials_rows(a, b, offset: int, pair: int, reach: Range, online_max: bool):
@@ -180,32 +228,14 @@ def _partials_rows(a, b, offset: int, pair: int, reach: Range, online_max: bool)
     return part, part_max
 
 
-def _partials_masked(a, b, offset: int, pair: int, reach: Range, ids, same: str, bias):
-    """Partial sums and their maxima, and of the pairs of the same id the products and their number ("sum")."""
-    rows, cols, d = a.shape[0], b.shape[0], a.shape[1]
-    tile, chunked = launch.tile("lse_masked", a)
-    row_blocks, splits, per_split = row_splits(rows, cols, tile)
-    part, part_max = (a.new_empty((splits, rows), dtype=torch.float32) for _ in range(2))
-    positives = counts = None
-    if same == "sum":
-        positives, counts = torch.empty_like(part), torch.empty_like(part, dtype=torch.int32)
-    lse_masked_kernel[(row_blocks, splits)](
-        *descriptors(a, b, tile), reach.scale, *ids, bias, part, part_max, positives, counts,
-        rows, cols, d, offset, pair, per_split,
-        **blocks_of(tile), CHUNKED=chunked, PRECISION=precision(a.dtype), SAME=same, **tile.options,
-    )  # fmt: skip
-    return part, part_max, positives, counts
-
-
 def _row_weights(lse, w, reach: Range, weight_bits: int):
-    """(u, k) of one side of the tile weights, for the path or paths that will run."""
+    """(u, k) of one side of the tile weights, for the path that will run."""
     rows = lse.shape[0]
     u, k = (lse.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    for online_max in reach.paths:
-        row_weight_kernel[(triton.cdiv(rows, VECTOR_BLOCK),)](
-            lse, w, reach.scale, reach.norms, u, k, rows, reach.log2_cols, WEIGHT_BITS=weight_bits,
-            BLOCK_M=VECTOR_BLOCK, **reach.constants(online_max), **VECTOR_OPTIONS,
-        )  # fmt: skip
+    row_weight_kernel[(triton.cdiv(rows, VECTOR_BLOCK),)](
+        lse, w, reach.scale, reach.norms, u, k, rows, reach.log2_cols, WEIGHT_BITS=weight_bits,
+        BLOCK_M=VECTOR_BLOCK, **reach.constants(True in reach.paths), **VECTOR_OPTIONS,
+    )  # fmt: skip
     return u, k
 
 
@@ -223,8 +253,7 @@ def lse_backward(
     extras = (*ids, vector(bias), vector(pull_a), vector(pull_b))
     plain = all(x is None for x in extras)
     a, b = aligned_rows(a), None if b is None else aligned_rows(b)
-    # What is masked takes the online maximum.
-    reach = Range(a, b, scale, bound if plain else math.inf, max(rows, cols) if columns else cols)
+    reach = Range(a, b, scale, bound if bias is None else math.inf, max(rows, cols) if columns else cols)
     weight_bits = 0
     if a.dtype == torch.float16:
         weight_bits = 14 if pull_a is None else 13

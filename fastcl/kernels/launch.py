@@ -23,21 +23,28 @@ FLUSH_TILES = 128
 # Programs that a rectangular pass aims at: about two waves of the largest chips.
 TARGET_PROGRAMS = 264
 
+# Of a multiprocessor, and the most of a thread.
+REGISTERS, MOST_REGISTERS = 65536, 255
+
 
 @dataclass(frozen=True)
 class Tile:
-    """One launch: tile rows, tile columns, features per step, warps, software-pipeline stages."""
+    """One launch: tile rows, tile columns, features per step, warps, software-pipeline stages, and how many programs
+    the registers of a multiprocessor shall hold at least."""
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
+    programs: int = 1
 
     @property
     def options(self) -> dict:
         # FP fusion by name: one FMA for acc * c - shift, and its default changes between Triton releases.
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        registers = REGISTERS // (32 * self.num_warps * self.programs)
+        return options | ({"maxnreg": registers} if registers < MOST_REGISTERS else {})
 
 
 GENERATIONS = (80, 90, 100)
@@ -55,14 +62,15 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
             64: _everywhere(Tile(64, 128, 64, 4, 3)),
             128: _everywhere(Tile(64, 128, 128, 4, 3)),
             256: _everywhere(Tile(64, 64, 256, 8, 2)),
-            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(64, 128, 64, 8, 3)},
+            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(64, 128, 64, 8, 3, 2)},
         },
         4: {None: _everywhere(Tile(64, 64, 16, 8, 2))},
     },
     "lse_rows": {
         2: {
             64: _everywhere(Tile(128, 128, 64, 8, 3)),
-            128: _everywhere(Tile(128, 128, 128, 8, 3)),
+            # Shared memory holds a second program beside two stages, not beside three.
+            128: _everywhere(Tile(128, 128, 128, 8, 2)) | {80: Tile(128, 128, 128, 8, 3)},
             256: _everywhere(Tile(128, 64, 256, 8, 2)),
             None: _everywhere(Tile(64, 128, 64, 8, 3)) | {90: Tile(128, 128, 64, 8, 3)},
         },
@@ -74,22 +82,22 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
             64: _everywhere(Tile(64, 128, 64, 4, 3)),
             128: _everywhere(Tile(64, 128, 128, 4, 3)) | {100: Tile(64, 128, 128, 8, 3)},
             256: _everywhere(Tile(64, 64, 256, 8, 2)),
-            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(64, 128, 64, 8, 3)},
+            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(64, 128, 64, 8, 3, 2)},
         },
         4: {None: _everywhere(Tile(64, 64, 16, 8, 2))},
     },
     "lse_masked": {
         2: {
-            64: _everywhere(Tile(128, 64, 64, 8, 3)),
-            128: _everywhere(Tile(128, 64, 128, 8, 3)),
+            64: _everywhere(Tile(128, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3, 2)},
+            128: _everywhere(Tile(128, 64, 128, 8, 3)) | {90: Tile(128, 64, 128, 8, 3, 2)},
             256: _everywhere(Tile(128, 64, 256, 8, 2)) | {80: Tile(64, 64, 256, 8, 2)},
-            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)},
+            None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3, 2)},
         },
         4: {None: _everywhere(Tile(64, 32, 32, 8, 2))},
     },
     "lse_backward": {
         2: {
-            64: _everywhere(Tile(128, 64, 64, 8, 3)) | {90: Tile(128, 128, 64, 8, 3)},
+            64: _everywhere(Tile(128, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 4, 3)},
             128: _everywhere(Tile(64, 64, 128, 8, 2)) | {90: Tile(64, 128, 128, 4, 2)},
             256: _everywhere(Tile(64, 64, 256, 8, 1)) | {90: Tile(64, 64, 256, 8, 2)},
         },
@@ -98,7 +106,7 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
     # Two exponentials an element need more registers.
     "lse_backward_online": {
         2: {
-            64: _everywhere(Tile(128, 64, 64, 8, 3)),
+            64: _everywhere(Tile(128, 64, 64, 8, 3)) | {90: Tile(64, 64, 64, 4, 3)},
             128: _everywhere(Tile(64, 64, 128, 8, 2)) | {90: Tile(64, 64, 128, 4, 3)},
             256: _everywhere(Tile(64, 64, 256, 8, 1)) | {90: Tile(64, 64, 256, 8, 2)},
         },
@@ -112,13 +120,13 @@ TABLE: dict[str, dict[int, dict[int | None, dict[int, Tile]]]] = {
         2: {
             64: _everywhere(Tile(128, 64, 64, 8, 3)),
             128: _everywhere(Tile(128, 64, 128, 8, 3)),
-            256: _everywhere(Tile(128, 64, 256, 8, 2)),
+            256: _everywhere(Tile(128, 64, 256, 8, 2)) | {80: Tile(64, 64, 256, 8, 2)},
             None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)},
         },
         4: {None: _everywhere(Tile(64, 32, 32, 8, 2))},
     },
     "softplus_weight": {
-        2: {None: _everywhere(Tile(64, 64, 64, 8, 3)) | {90: Tile(128, 64, 64, 8, 3)}},
+        2: {None: _everywhere(Tile(128, 64, 64, 8, 3)) | {80: Tile(64, 64, 64, 8, 3)}},
         4: {None: _everywhere(Tile(64, 32, 32, 8, 2))},
     },
     "stats": {

@@ -22,8 +22,8 @@ columns' gradient P.T @ a.
 import triton
 import triton.language as tl
 
-from .lse_rows import allowed, masked_block, masked_blocks, unmasked_block
-from .tiles import LOG2E, chosen, exponent_range, load_row, tile_product, walk
+from .lse_rows import allowed, masked_block, masked_blocks, needs_mask, unmasked_block
+from .tiles import LOG2E, exponent_range, id_mask, load_row, store_weights, tile_product, walk
 
 
 @triton.jit(do_not_specialize=["r"])
@@ -37,21 +37,20 @@ def row_weight_kernel(
     r,
     log2_cols,
     WEIGHT_BITS: tl.constexpr,
-    ONLINE_MAX: tl.constexpr,
-    CHECK_RANGE: tl.constexpr,
+    ONLINE_MAX: tl.constexpr,  # that path is launched
+    CHECK_RANGE: tl.constexpr,  # and so is the other
     BLOCK_M: tl.constexpr,
 ):
     """Per-row factors of the tile weights, once in memory rather than once in every tile."""
     _, shift, fits = exponent_range(p_scale, p_norms, log2_cols)
-    if CHECK_RANGE:
-        if fits == ONLINE_MAX:
-            return
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_m < r
     lse = tl.load(p_lse + o_m, mask=m_row, other=0.0).to(tl.float64)
     lse2 = lse * LOG2E
     k = tl.zeros([BLOCK_M], dtype=tl.float32) + shift
-    if ONLINE_MAX:
+    if CHECK_RANGE:
+        k = tl.where(fits, k, tl.floor(lse2).to(tl.float32))
+    elif ONLINE_MAX:
         k = tl.floor(lse2).to(tl.float32)
     u = tl.exp2((k.to(tl.float64) - lse2).to(tl.float32) + WEIGHT_BITS)
     if p_w is not None:
@@ -228,20 +227,20 @@ def lse_weight_kernel(
     o_m = o_i + tl.arange(0, BLOCK_M)
     o_n = o_j + tl.arange(0, BLOCK_N)
     acc = tile_product(None, d_row, o_i, d_col, o_j, d, True, BLOCK_M, BLOCK_N, BLOCK_D, True, PRECISION)
-    ids_m = load_row(p_ids_a, o_m, r, 0)
-    ids_n = load_row(p_ids_b, o_n, cols, 0)
-    keep = chosen(allowed(o_m, o_n, offset, pair, cols), ids_m, ids_n, SAME)
+    same = id_mask(load_row(p_ids_a, o_m, r, 0), load_row(p_ids_b, o_n, cols, 0), SAME)
     if p_bias is not None:
         acc = acc * c + load_row(p_bias, o_n, cols, 0.0)[None, :] * LOG2E
         c = 1.0
-        keep = keep & (acc != float("-inf"))
     row_u, row_k = _side(p_row_u, p_row_k, o_m, r, ONLINE_MAX)
     col_u, col_k = _column_side(p_col_u, p_col_k, o_n, cols, HAS_COL, ONLINE_MAX)
     weight = tile_weight(acc, c, shift, row_u, row_k, col_u, col_k, HAS_COL, ONLINE_MAX)
     if p_pull_a is not None:
-        same = ids_m[:, None] == ids_n[None, :]
         weight = _pulled(weight, same, o_m, o_n, r, cols, p_pull_a, p_pull_b, WEIGHT_BITS)
-    weight = tl.where(keep, weight, 0.0)
+    if p_bias is not None:
+        weight = tl.where(acc != float("-inf"), weight, 0.0)
+    if SAME == "drop" or SAME == "only":
+        weight = tl.where(same, weight, 0.0)
+    if needs_mask(o_i, o_j, offset, pair, cols, BLOCK_M, BLOCK_N):
+        weight = tl.where(allowed(o_m, o_n, offset, pair, cols), weight, 0.0)
     o_out = o_chunk + tl.arange(0, BLOCK_M)
-    p_tile = p_out + o_out[:, None].to(tl.int64) * ld_out + o_n[None, :]
-    tl.store(p_tile, weight.to(p_out.dtype.element_ty), mask=(o_out < rows)[:, None] & (o_n < cols)[None, :])
+    store_weights(p_out, weight, o_out, o_n, rows, ld_out)

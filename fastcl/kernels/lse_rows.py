@@ -75,6 +75,20 @@ def allowed(o_m, o_n, offset, pair, cols):
 
 
 @triton.jit
+def _meets(first, o_j, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether any of the columns first .. first + BLOCK_M - 1 is in the block from o_j."""
+    return (first < o_j + BLOCK_N) & (first + BLOCK_M > o_j)
+
+
+@triton.jit
+def needs_mask(o_i, o_j, offset, pair, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile may hold a column that `allowed` leaves out."""
+    own = o_i + offset
+    partners = _meets(own + pair, o_j, BLOCK_M, BLOCK_N) | _meets(own - pair, o_j, BLOCK_M, BLOCK_N)
+    return _meets(own, o_j, BLOCK_M, BLOCK_N) | partners | (o_j + BLOCK_N > cols)
+
+
+@triton.jit
 def accumulate(acc, c, shift, keep, b_max, b_sum, MASKED: tl.constexpr, ONLINE_MAX: tl.constexpr):
     """Add one tile's exponentials to the row sums: (new maximum, new sum)."""
     if ONLINE_MAX:
@@ -140,41 +154,42 @@ def lse_rows_kernel(
         tl.store(p_max + o_part, b_max, mask=o_m < r)
 
 
-@triton.jit(do_not_specialize=["r", "parts"])
+@triton.jit(do_not_specialize=["r", "fixed", "parts"])
 def lse_combine_kernel(
-    p_part,  # [parts, r] fp32
-    p_max,  # [parts, r] fp32, read with ONLINE_MAX only
+    p_fixed,  # [fixed, r] fp32: sums of exp2(S2 - shift)
+    p_part,  # [parts, r] fp32: sums of exp2(S2 - max)
+    p_max,  # [parts, r] fp32
     p_scale,  # []
     p_norms,  # [] or None
     p_lse,  # [r] fp64, natural logarithm
     r,
-    parts,
+    fixed,  # 0 where that path was not launched
+    parts,  # the same
     log2_cols,
     BLOCK_M: tl.constexpr,
-    ONLINE_MAX: tl.constexpr,
-    CHECK_RANGE: tl.constexpr,
+    CHECK_RANGE: tl.constexpr,  # both paths were launched: one of them returned at once
 ):
     c, shift, fits = exponent_range(p_scale, p_norms, log2_cols)
     if CHECK_RANGE:
-        if fits == ONLINE_MAX:
-            return
+        fixed = tl.where(fits, fixed, 0)
+        parts = tl.where(fits, 0, parts)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_m < r
-    b_max = tl.zeros([BLOCK_M], dtype=tl.float32) + shift
-    if ONLINE_MAX:
-        b_max = tl.full([BLOCK_M], LOWEST, dtype=tl.float32)
-        p_row_max = p_max + o_m
-        for _ in range(0, parts):
-            b_max = tl.maximum(b_max, tl.load(p_row_max, mask=m_row, other=LOWEST))
-            p_row_max += r
+    b_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.where(parts > 0, LOWEST, shift)
+    p_row_max = p_max + o_m
+    for _ in range(0, parts):
+        b_max = tl.maximum(b_max, tl.load(p_row_max, mask=m_row, other=LOWEST))
+        p_row_max += r
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    p_row_part = p_fixed + o_m
+    for _ in range(0, fixed):
+        b_sum += tl.load(p_row_part, mask=m_row, other=0.0)
+        p_row_part += r
     p_row_part = p_part + o_m
     p_row_max = p_max + o_m
     for _ in range(0, parts):
         part = tl.load(p_row_part, mask=m_row, other=0.0)
-        if ONLINE_MAX:
-            part *= tl.exp2(tl.load(p_row_max, mask=m_row, other=LOWEST) - b_max)
-        b_sum += part
+        b_sum += part * tl.exp2(tl.load(p_row_max, mask=m_row, other=LOWEST) - b_max)
         p_row_part += r
         p_row_max += r
     # One number a row, so fp64 is free: an fp32 lse of 100 errs by 4e-6, and so would every weight of its row.

@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..ops import UNIT_ROWS
 from . import launch
 from .tiles import RANGE, UNIT_SLACK
 
@@ -67,7 +68,8 @@ class Range:
     """Which of the two exponential paths to launch, and what the kernels read to agree with it.
 
     The host chooses where it knows the bound on |S|. Where only the device knows it (a temperature on the
-    device, rows of any length) both are launched and one of them returns at once: no synchronisation.
+    device, rows of any length) both are launched and one of them returns at once: no synchronisation. Of unit rows the
+    scale is all that the kernels read.
     """
 
     def __init__(self, a, b, scale, bound: float, cols: int):
@@ -75,14 +77,15 @@ class Range:
         self.log2_cols = math.log2(max(cols, 1))
         self.norms = None
         self.check = bound < 0
-        if self.check:
-            self.paths = (False, True)
+        if not self.check:
+            self.paths = (not fixed_shift_fits(bound, cols),)
+            return
+        self.paths = (False, True)
+        if bound != UNIT_ROWS:
             # fp32 whatever the rows are: the square of an fp16 row of length 300 is infinite in fp16.
             longest = torch.linalg.vector_norm(a, dim=1, dtype=torch.float32).amax()
             other = longest if b is None else torch.linalg.vector_norm(b, dim=1, dtype=torch.float32).amax()
             self.norms = longest * other
-        else:
-            self.paths = (not fixed_shift_fits(bound, cols),)
 
     def constants(self, online_max: bool) -> dict:
         return {"ONLINE_MAX": online_max, "CHECK_RANGE": self.check}
@@ -132,17 +135,22 @@ def weighted_products(
     rows, cols = a.shape[0], b.shape[0]
     chunk = min(rows, MOST_ROWS, max(1, launch.SCRATCH_BYTES // (cols * a.element_size())))
     scratch = empty_rows(a, chunk, cols, a.dtype)
-    grad = a.new_empty(a.shape, dtype=torch.float32)
-    found = [grad]
+    found = []
     for first in range(0, rows, chunk):
         chosen = slice(first, min(first + chunk, rows))
         weights = scratch[: chosen.stop - first]
         fill(first, weights)
-        grad[chosen] = _product_fp32(weights, b)
+        product = _product_fp32(weights, b)
+        if chunk == rows:
+            # Small batches: no copy.
+            found[:1] = [product]
+        else:
+            found[:1] = found[:1] or [a.new_empty(a.shape, dtype=torch.float32)]
+            found[0][chosen] = product
         if columns:
             product = _product_fp32(weights.T, a[chosen])
             found[1:] = [product if first == 0 else found[1].add_(product)]
-    return [x.mul_(0.5**weight_bits) for x in found]
+    return [x.mul_(0.5**weight_bits) for x in found] if weight_bits else found
 
 
 def _product_fp32(weights, b):

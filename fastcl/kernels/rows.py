@@ -1,6 +1,6 @@
-"""Row-local passes at both ends: L2 normalisation with the positives, and its backward.
+"""Row-local passes at both ends: L2 normalisation with the positives, the loss of every row, and the way back.
 
-Both read every row once and write every result once; nothing is O(m^2) here.
+All read every row once and write every result once; nothing is O(m^2) here.
 """
 
 import triton
@@ -66,27 +66,110 @@ def normalize_pair_kernel(
 
 
 @triton.jit
-def _row_grad(z, partner, grad, rnorm, lse_coef, pull, NORMALIZE: tl.constexpr):
-    dz = lse_coef * grad - pull[:, None] * partner
+def _softplus(x):
+    """(log(1 + exp(x)), its slope) in fp64, exact at both ends."""
+    e = tl.exp(-tl.abs(x))
+    whole = 1.0 + e
+    # log(1 + e) of small e: the logarithm of the rounded sum, over the sum's own difference from 1.
+    near = tl.where(whole == 1.0, e, tl.log(whole) * (e / tl.where(whole == 1.0, 1.0, whole - 1.0)))
+    return tl.where(x > 0, x, 0.0) + near, tl.where(x > 0, 1.0, e) / whole
+
+
+@triton.jit(do_not_specialize=["n"])
+def pair_loss_kernel(
+    p_lse,  # [2n] fp64: log-sum-exp of the negatives
+    p_pos,  # [n] fp32
+    p_scale,  # []
+    p_loss,  # [2n], or [programs] fp64 with SUM
+    p_whole,  # [2n] fp64: log-sum-exp of all that the row's sum counts
+    p_share,  # [2n] fp64: of the negatives in it
+    n,
+    weight,  # of the log-sum-exp
+    pull,  # of the positive, or None: weight * scale
+    POSITIVE_COUNTS: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One number a row, in fp64: nothing rounds what the tiles computed."""
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_m < 2 * n
+    scale = tl.load(p_scale).to(tl.float64)
+    pos = tl.load(p_pos + tl.where(o_m < n, o_m, o_m - n), mask=m_row, other=0.0).to(tl.float64)
+    whole = tl.load(p_lse + o_m, mask=m_row, other=0.0)
+    x = whole - scale * pos
+    # One pair alone has no negatives: x = -inf, loss 0 and gradient 0, to the bit.
+    if POSITIVE_COUNTS:
+        loss, share = _softplus(x)
+        whole = scale * pos + loss
+    else:
+        share = tl.where(x == float("-inf"), 0.0, 1.0).to(tl.float64)
+        loss = tl.where(x == float("-inf"), 0.0, x)
+    loss *= weight
+    if pull is not None:
+        # In fp64: it is 0 where the loss is a multiple of NT-Xent.
+        loss -= (pull - weight * scale) * pos
+    tl.store(p_whole + o_m, whole, mask=m_row)
+    tl.store(p_share + o_m, share, mask=m_row)
+    if SUM:
+        tl.store(p_loss + tl.program_id(0), tl.sum(tl.where(m_row, loss, 0.0)))
+    else:
+        tl.store(p_loss + o_m, loss.to(p_loss.dtype.element_ty), mask=m_row)
+
+
+@triton.jit(do_not_specialize=["count", "divisor"])
+def sum_kernel(
+    p_x,  # [count] fp64
+    p_sum,  # []
+    count,
+    divisor,
+    BLOCK: tl.constexpr,
+):
+    """The sum over the divisor, by one program in one order."""
+    o = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for first in range(0, count, BLOCK):
+        total += tl.load(p_x + first + o, mask=first + o < count, other=0.0)
+    tl.store(p_sum, (tl.sum(total) / divisor).to(p_sum.dtype.element_ty))
+
+
+@triton.jit
+def _pull(p_share, p_w, o, m_row, grad, factor, rest):
+    """(how strongly a row is pulled to its partner, its upstream gradient, its share), in fp64."""
+    share = tl.load(p_share + o, mask=m_row, other=0.0)
+    upstream = grad
+    if p_w is not None:
+        upstream = grad * tl.load(p_w + o, mask=m_row, other=0.0).to(tl.float64)
+    return upstream * (factor * share + rest), upstream, share
+
+
+@triton.jit
+def _row_grad(z, partner, grad, rnorm, factor, pull, NORMALIZE: tl.constexpr):
+    dz = factor * grad - pull[:, None] * partner
     if NORMALIZE:
         # A row that was not a number must not turn into a zero gradient: rnorm is NaN there.
         dz = (dz - z * tl.sum(z * dz, 1)[:, None]) * rnorm[:, None]
     return dz
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "divisor"])
 def pair_backward_kernel(
     p_z,  # [2n, d]
     p_rnorm,  # [2n] fp32
-    p_grad,  # [2n, d] fp32: gradient of the log-sum-exp part, without its coefficient
-    p_lse_coef,  # []
-    p_pull,  # [2n] fp32: how strongly row i is pulled to its partner
+    p_grad_lse,  # [2n, d] fp32: gradient of the log-sum-exps, without any factor
+    p_pos,  # [n] fp32
+    p_share,  # [2n] fp64
+    p_scale,  # []
+    p_grad,  # []: upstream, over the divisor
+    p_w,  # [2n] fp32, or None for ones
     p_dx1,  # [n, d]
     p_dx2,  # [n, d]
-    p_rowdot,  # [2n] fp32: <z_i, grad_i>
+    p_slope,  # [2n] fp64: of each row in the gradient of the scale
     n,
     d,
     stride_z,
+    divisor,
+    weight,
+    pull,
     NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -95,21 +178,36 @@ def pair_backward_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_row = o_m < n
     mask = m_row[:, None] & (o_d < d)[None, :]
-    lse_coef = tl.load(p_lse_coef)
-    pull = tl.load(p_pull + o_m, mask=m_row, other=0.0) + tl.load(p_pull + n + o_m, mask=m_row, other=0.0)
+    grad = tl.load(p_grad).to(tl.float64) / divisor
+    factor = tl.load(p_scale).to(tl.float64) * weight
+    rest = factor * 0.0
+    if pull is not None:
+        rest = pull - factor
+    pull1, upstream1, share1 = _pull(p_share, p_w, o_m, m_row, grad, factor, rest)
+    pull2, upstream2, share2 = _pull(p_share, p_w, n + o_m, m_row, grad, factor, rest)
+    if pull is not None:
+        # The positive itself does not depend on the scale.
+        share1 -= 1.0
+        share2 -= 1.0
     z1 = _load_row(p_z, o_m, o_d, stride_z, 1, mask)
     z2 = _load_row(p_z, n + o_m, o_d, stride_z, 1, mask)
-    grad1 = _load_row(p_grad, o_m, o_d, d, 1, mask)
-    grad2 = _load_row(p_grad, n + o_m, o_d, d, 1, mask)
-    tl.store(p_rowdot + o_m, tl.sum(z1 * grad1, 1), mask=m_row)
-    tl.store(p_rowdot + n + o_m, tl.sum(z2 * grad2, 1), mask=m_row)
-    rnorm1 = pull
-    rnorm2 = pull
+    grad1 = _load_row(p_grad_lse, o_m, o_d, d, 1, mask)
+    grad2 = _load_row(p_grad_lse, n + o_m, o_d, d, 1, mask)
+    # Each product stands in row i and in row k of the gradient, hence the half.
+    pos = tl.load(p_pos + o_m, mask=m_row, other=0.0).to(tl.float64)
+    slope1 = 0.5 * grad * tl.sum(z1 * grad1, 1) - upstream1 * share1 * pos
+    slope2 = 0.5 * grad * tl.sum(z2 * grad2, 1) - upstream2 * share2 * pos
+    tl.store(p_slope + o_m, weight * slope1, mask=m_row)
+    tl.store(p_slope + n + o_m, weight * slope2, mask=m_row)
+    both = (pull1 + pull2).to(tl.float32)
+    rnorm1 = both
+    rnorm2 = both
     if NORMALIZE:
         rnorm1 = tl.load(p_rnorm + o_m, mask=m_row, other=0.0)
         rnorm2 = tl.load(p_rnorm + n + o_m, mask=m_row, other=0.0)
-    dx1 = _row_grad(z1, z2, grad1, rnorm1, lse_coef, pull, NORMALIZE)
-    dx2 = _row_grad(z2, z1, grad2, rnorm2, lse_coef, pull, NORMALIZE)
+    factor = (grad * factor).to(tl.float32)
+    dx1 = _row_grad(z1, z2, grad1, rnorm1, factor, both, NORMALIZE)
+    dx2 = _row_grad(z2, z1, grad2, rnorm2, factor, both, NORMALIZE)
     o_out = o_m.to(tl.int64)[:, None] * d + o_d[None, :]
     tl.store(p_dx1 + o_out, dx1.to(p_dx1.dtype.element_ty), mask=mask)
     tl.store(p_dx2 + o_out, dx2.to(p_dx2.dtype.element_ty), mask=mask)

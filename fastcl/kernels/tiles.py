@@ -22,7 +22,7 @@ UNIT_SLACK = tl.constexpr(1.01)
 @triton.jit
 def exponent_range(
     p_scale,  # [] fp32
-    p_norms,  # [] fp32: max ||a|| * max ||b||, or None where the host chose the path
+    p_norms,  # [] fp32: max ||a|| * max ||b||, or None for unit rows and where the host chose the path
     log2_cols,
 ):
     """(c, shift, fits): whether one constant shift keeps every partial sum of exponentials in range.
@@ -92,11 +92,34 @@ def load_row(p_x, o, end, other):
 
 
 @triton.jit
-def chosen(keep, ids_m, ids_n, SAME: tl.constexpr):
-    """Of the mask `keep` [BLOCK_M, BLOCK_N] the pairs of different ids (SAME "drop"), or of the same ("only")."""
-    if SAME == "drop":
-        return keep & (ids_m[:, None] != ids_n[None, :])
-    elif SAME == "only":
-        return keep & (ids_m[:, None] == ids_n[None, :])
+def load_block(p_x, start, BLOCK: tl.constexpr):
+    """The same of a whole block: without a mask, and from one address, neighbours are loaded at once."""
+    if p_x is None:
+        return start
     else:
-        return keep
+        return tl.load(p_x + start + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def id_mask(ids_m, ids_n, SAME: tl.constexpr):
+    """Mask [BLOCK_M, BLOCK_N] of the pairs of different ids with SAME "drop", of the same with "only" and "sum"; None
+    with "keep"."""
+    if SAME == "drop":
+        return ids_m[:, None] != ids_n[None, :]
+    elif SAME == "keep":
+        return None
+    else:
+        return ids_m[:, None] == ids_n[None, :]
+
+
+@triton.jit
+def store_weights(p_out, weight, o_out, o_n, rows, ld_out):
+    """Weights [BLOCK_M, BLOCK_N] into scratch [rows, ld_out] whose rows start at multiples of 16 bytes.
+
+    What pads a row is written as well: with a mask that ends at any column each element is a store of its own.
+    """
+    # The compiler sees 16 bytes in a product only.
+    UNIT: tl.constexpr = 128 // p_out.dtype.element_ty.primitive_bitwidth
+    ld_out = ld_out // UNIT * UNIT
+    p_tile = p_out + o_out[:, None].to(tl.int64) * ld_out + o_n[None, :]
+    tl.store(p_tile, weight.to(p_out.dtype.element_ty), mask=(o_out < rows)[:, None] & (o_n < ld_out)[None, :])

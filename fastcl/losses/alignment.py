@@ -128,7 +128,7 @@ def uniformity_loss(
     # Lengths have no bound: their products stay in the type that the loss is calculated in.
     dtype = ops.product_dtype(z, unit=True) if normalize else rows.dtype
     scale = torch.full((), 2 * t, dtype=rows.dtype, device=z.device)
-    bound = 2 * t if normalize else -1.0
+    bound = 2 * t if normalize else ops.ANY_ROWS
     total = RowLogSumExp.apply(rows, scale, None, "keep", dtype, bound, not normalize, True, batch.ranks, name)
     if normalize:
         total = torch.logaddexp(total - 2 * t, of_zero_rows(rows.detach(), t, batch))

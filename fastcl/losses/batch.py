@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..ops import ANY_ROWS, UNIT_ROWS
 from ..ops.chunked import compute_dtype
-from ..ops.similarity import softplus as softplus
 
 
 class Batch(NamedTuple):
@@ -85,18 +85,29 @@ def scale_of(temperature: float | Tensor, x: Tensor) -> Tensor:
 
 
 def checked_scale(scale: Tensor) -> Tensor:
-    # Where the value could not be checked without waiting for the device, a bad one gives NaN.
-    return torch.where((scale > 0) & scale.isfinite(), scale, torch.nan)
+    # Where the value could not be checked without waiting for the device, a bad one gives NaN: 0 times its logarithm.
+    return torch.add(scale, scale.detach().log(), alpha=0)
 
 
 def product_bound(temperature: float | Tensor, normalize: bool) -> float:
-    """A bound on |<z_i, z_j>| / temperature that the host knows, or -1."""
-    return 1 / temperature if normalize and not isinstance(temperature, Tensor) else -1.0
+    """A bound on |<z_i, z_j>| / temperature, or what the host knows in its place."""
+    return scale_bound(1 / temperature if not isinstance(temperature, Tensor) else temperature, normalize)
 
 
 def scale_bound(logit_scale: float | Tensor, normalize: bool) -> float:
     """The same of logits multiplied by logit_scale."""
-    return float(logit_scale) if normalize and not isinstance(logit_scale, Tensor) else -1.0
+    if not normalize:
+        return ANY_ROWS
+    return UNIT_ROWS if isinstance(logit_scale, Tensor) else float(logit_scale)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact at both ends (torch's cuts off at 20, which float64 can see).
+
+    Of x = log-sum-exp of the negatives - positive it is the cross entropy of the positive against all of them: no
+    difference of two nearly equal numbers, and 0 with zero gradient where there is no negative.
+    """
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def reduce_rows(rows: Tensor, reduction: str, batch: Batch) -> Tensor:

@@ -45,7 +45,7 @@ def dcl_loss(
         >>> dcl_loss(z1, z2, temperature=0.1).backward()
     """
     return two_view_loss(
-        "dcl_loss", z1, z2, temperature, lambda scale: (None, None), positive_counts=False,
+        "dcl_loss", z1, z2, temperature, positive_counts=False,
         normalize=normalize, reduction=reduction, group=group, grad_reduction=grad_reduction, exchange=exchange,
     )  # fmt: skip
 

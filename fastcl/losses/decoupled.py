@@ -5,14 +5,11 @@ With M = 2N unit rows z (both views, view 1 first), s = 1 / temperature, S = s z
     L = 1/M sum_i [ weight * log sum_{k != i} exp(S_ik) - <z_i, z_p(i)> ]
 
 Source: P1, "Intriguing Properties of Contrastive Losses", Eq. 4. weight = temperature is temperature times NT-Xent
-(Eq. 3). A composition: NT-Xent's primitive with two other coefficients.
+(Eq. 3). A composition: NT-Xent's primitive with two other weights.
 """
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 
 from . import checks
@@ -63,14 +60,10 @@ def decoupled_nt_xent(
         torch.Size([256, 128])
     """
     return two_view_loss(
-        "decoupled_nt_xent", z1, z2, temperature, functools.partial(_coefficients, weight=weight),
+        "decoupled_nt_xent", z1, z2, temperature, weight=weight, pull=1.0,
         check=lambda: checks.number("decoupled_nt_xent", "weight", weight, zero=True), settings={"weight": weight},
         normalize=normalize, reduction=reduction, group=group, grad_reduction=grad_reduction, exchange=exchange,
     )  # fmt: skip
-
-
-def _coefficients(scale: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    return torch.full_like(scale, weight), torch.ones_like(scale)
 
 
 class DecoupledNTXentLoss(LossModule):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import ANY_ROWS
 from ..ops.pairs import PairLogSumExp
 from ..ops.rows import product_rows
 from . import checks, draws
@@ -98,7 +99,7 @@ def with_normaliser(
     if num_negatives is None:
         places = torch.arange(bank.shape[0], device=bank.device)
         others = PairLogSumExp.apply(
-            rows[0], bank, scale, indices, places, None, False, False, rows[1], -1.0, None, name
+            rows[0], bank, scale, indices, places, None, False, False, rows[1], ANY_ROWS, None, name
         )
         found, log_z = softplus(others - positive), None
     else:

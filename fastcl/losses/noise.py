@@ -36,7 +36,7 @@ def log_normaliser(
     """The logarithm of Z = n mean exp(s <v, f_j>) over the queries of all ranks and the noise."""
     with torch.no_grad():
         q, b = (x.to(rows[1]) for x in (rows[0], noise))
-        lse = ops.lse_forward(q, b, scale, -1.0, len(b), 0)[0].logsumexp(0)
+        lse = ops.lse_forward(q, b, scale, ops.ANY_ROWS, len(b), 0)[0].logsumexp(0)
         if batch.ranks is not None:
             lse = batch.ranks.logsumexp(lse)
         return lse + math.log(instances) - math.log(batch.total * len(noise))

@@ -65,13 +65,9 @@ def nt_xent(
         torch.Size([256, 128])
     """
     return two_view_loss(
-        "nt_xent", z1, z2, temperature, _coefficients,
+        "nt_xent", z1, z2, temperature,
         normalize=normalize, reduction=reduction, group=group, grad_reduction=grad_reduction, exchange=exchange,
     )  # fmt: skip
-
-
-def _coefficients(scale: Tensor) -> tuple[None, None]:
-    return None, None
 
 
 class NTXentLoss(TemperatureLoss, function=nt_xent):

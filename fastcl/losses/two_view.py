@@ -11,16 +11,15 @@ from ..ops.similarity import TwoViewLoss
 from . import checks
 from .batch import needs_grad, open_batch, product_bound, scale_of
 
-Coefficients = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
-
 
 def two_view_loss(
     name: str,
     z1: Tensor,
     z2: Tensor,
     temperature: float | Tensor,
-    coefficients: Coefficients,
     *,
+    weight: float = 1.0,
+    pull: float | None = None,
     check: Callable[[], None] = lambda: None,
     settings: Mapping[str, object] = MappingProxyType({}),
     arguments: tuple[str, str] = ("z1", "z2"),
@@ -31,8 +30,8 @@ def two_view_loss(
     grad_reduction: str,
     exchange: str,
 ) -> Tensor:
-    """The loss of ops.similarity.TwoViewLoss with (lse_coef, pos_coef) = coefficients(1 / temperature); the positive
-    is one of the columns of its row's sum, or (positive_counts=False) is not.
+    """The loss of ops.similarity.TwoViewLoss: `weight` is that of the log-sum-exp, `pull` that of the positive (None:
+    weight / temperature), which is one of the columns of its row's sum or (positive_counts=False) is not.
 
     `check` and `settings` are for arguments that this loss has beside the shared ones, `arguments` what messages call
     z1 and z2.
@@ -50,9 +49,6 @@ def two_view_loss(
     agreed = {**shared, **settings, "requires_grad": needs_grad(z1, z2, temperature)}
     ranks, total = open_batch(name, group, check_all, agreed, argument=both, views=2)
     scale, bound = scale_of(temperature, z1), product_bound(temperature, normalize)
-    lse_coef, pos_coef = coefficients(scale)
-    loss = TwoViewLoss.apply(
-        z1, z2, scale, lse_coef, pos_coef, positive_counts, bound, normalize, reduction != "none", ranks, name
-    )
-    # A copy: the caller may change it in place, and the backward keeps the original.
-    return loss / total if reduction == "mean" else loss.clone()
+    divisor = {"mean": total, "sum": 1, "none": None}[reduction]
+    loss, _ = TwoViewLoss.apply(z1, z2, scale, weight, pull, positive_counts, bound, normalize, divisor, ranks, name)
+    return loss

@@ -51,8 +51,8 @@ def nt_xent_views(
     shared = {"normalize": normalize, "reduction": reduction, "grad_reduction": grad_reduction, "exchange": exchange}
     if isinstance(views, (list, tuple)) and len(views) == 2:
         return two_view_loss(
-            name, *views, temperature, lambda scale: (None, None),
-            settings={"views": 2}, arguments=("view 1", "view 2"), group=group, **shared,
+            name, *views, temperature, settings={"views": 2},
+            arguments=("view 1", "view 2"), group=group, **shared,
         )  # fmt: skip
 
     def check():

@@ -12,6 +12,7 @@ The schemas are those of csrc/ops.cpp; a test holds the two lists against each o
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 
@@ -23,7 +24,7 @@ _IDS = "Tensor? ids_a=None, Tensor? ids_b=None, str same='keep'"
 # Rows a [R, D] against columns b [C, D], none for a itself. S = scale * a @ b.T (+ bias of the column). Row i leaves
 # out column i + offset, and with `pair` its partner. `same` says what becomes of the pairs that have the same id:
 # "keep" (there are no ids), "drop" them, "only" them, or "sum": all stay, and the products of those of the same id are
-# summed up apart.
+# summed up apart. `bound` is one of |S|; where the host knows none, UNIT_ROWS or ANY_ROWS.
 SCHEMAS = {
     "normalize_pair": "(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)",
     # -> [log-sum-exp of the rows]; columns: and of the columns; "sum": and the sum and number of a row's pairs.
@@ -37,9 +38,16 @@ SCHEMAS = {
         "Tensor lse_a, Tensor? lse_b, Tensor? w_a, Tensor? w_b, *, "
         f"{_IDS}, Tensor? bias=None, Tensor? pull_a=None, Tensor? pull_b=None, bool columns=False) -> Tensor[]"
     ),
+    # -> the rows' losses [2n], or their sum over the divisor; log-sum-exp of all that a row's sum counts; and in it the
+    # share of the negatives.
+    "pair_loss": (
+        "(Tensor lse, Tensor pos, Tensor scale, float weight, float? pull, bool positive_counts, SymInt? divisor, "
+        "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+    ),
+    # -> gradients of both views, and of each row in the gradient of the scale.
     "pair_backward": (
-        "(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor lse_coef, Tensor pull, ScalarType dtype) "
-        "-> (Tensor, Tensor, Tensor)"
+        "(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor pos, Tensor share, Tensor scale, Tensor grad, Tensor? w, "
+        "float weight, float? pull, SymInt divisor, ScalarType dtype) -> (Tensor, Tensor, Tensor)"
     ),
     # -> sum_j softplus(sign * S_ij + beta_i) and its slope in beta_i.
     "softplus_forward": f"({_PAIRS}, Tensor beta, float sign, SymInt offset, *, {_IDS}) -> (Tensor, Tensor)",
@@ -62,6 +70,8 @@ SORTS = ("segmented_sort", "wasserstein_1d")
 TRITON = importlib.util.find_spec("triton") is not None
 # Features a row of the Triton kernels may have: a row-local program holds whole rows in registers.
 WIDEST = 4096
+# In place of a bound on |S|.
+UNIT_ROWS, ANY_ROWS = -1.0, -math.inf
 # Kept alive as long as the package: torch drops registrations with their library object.
 _library = torch.library.Library("fastcl", "FRAGMENT")
 
@@ -87,6 +97,8 @@ def product_dtype(x: torch.Tensor, unit: bool) -> torch.dtype:
         from ..kernels import host
 
         return host.product_dtype(x.dtype, unit)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and _native.BF16:
+        return x.dtype
     return chunked.compute_dtype(x.dtype)
 
 
@@ -118,7 +130,7 @@ def _rows_like(x: torch.Tensor, rows: int, normalize: bool) -> torch.Tensor:
         from ..kernels import host
 
         return host.empty_rows(x, rows, x.shape[1], product_dtype(x, normalize))
-    return x.new_empty((rows, x.shape[1]), dtype=chunked.compute_dtype(x.dtype))
+    return x.new_empty((rows, x.shape[1]), dtype=product_dtype(x, normalize))
 
 
 def _normalize_pair_fake(x1, x2, normalize):
@@ -167,10 +179,15 @@ def _similarity_stats_fake(a, b, scale, offset, pair):
     return tuple(_numbers(a, a.shape[0]) for _ in range(3))
 
 
-def _pair_backward_fake(z, rnorm, grad_lse, lse_coef, pull, dtype):
+def _pair_loss_fake(lse, pos, scale, weight, pull, positive_counts, divisor, dtype):
+    rows = lse.shape[0]
+    loss = pos.new_empty(rows if divisor is None else (), dtype=dtype)
+    return loss, _numbers(pos, rows), _numbers(pos, rows)
+
+
+def _pair_backward_fake(z, rnorm, grad_lse, pos, share, scale, grad, w, weight, pull, divisor, dtype):
     rows, d = z.shape
-    dx = [z.new_empty((rows // 2, d), dtype=dtype) for _ in range(2)]
-    return *dx, z.new_empty(rows, dtype=chunked.compute_dtype(z.dtype))
+    return *(z.new_empty((rows // 2, d), dtype=dtype) for _ in range(2)), _numbers(z, rows)
 
 
 def _segmented_sort_fake(x, descending):
@@ -194,6 +211,7 @@ for _name, _schema in SCHEMAS.items():
 normalize_pair = torch.ops.fastcl.normalize_pair.default
 lse_forward = torch.ops.fastcl.lse_forward.default
 lse_backward = torch.ops.fastcl.lse_backward.default
+pair_loss = torch.ops.fastcl.pair_loss.default
 pair_backward = torch.ops.fastcl.pair_backward.default
 softplus_forward = torch.ops.fastcl.softplus_forward.default
 softplus_backward = torch.ops.fastcl.softplus_backward.default

@@ -254,14 +254,47 @@ def similarity_stats(a: Tensor, b: Tensor | None, scale: Tensor, offset: int, pa
     return lse, best, mean
 
 
-def pair_backward(z: Tensor, rnorm: Tensor, grad_lse: Tensor, lse_coef: Tensor, pull: Tensor, dtype: torch.dtype):
+def _rest(scale: Tensor, weight: float, pull: float | None) -> Tensor | float:
+    """What the log-sum-exp leaves of the positive. In float64: it is 0 where the loss is a multiple of NT-Xent."""
+    return 0.0 if pull is None else pull - weight * scale.double()
+
+
+def pair_loss(
+    lse: Tensor, pos: Tensor, scale: Tensor, weight: float, pull: float | None, positive_counts: bool,
+    divisor: int | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # One number a row: float64 is free, and nothing rounds what the kernels computed.
+    pos = torch.cat([pos, pos]).double()
+    x = lse - scale * pos
+    # One pair alone has no negatives: x = -inf, loss 0 and gradient 0, to the bit.
+    if positive_counts:
+        rows, share = _softplus(x), x.sigmoid()
+        whole = scale * pos + rows
+    else:
+        alone = x == -torch.inf
+        rows, whole, share = x.masked_fill(alone, 0.0), lse.clone(), alone.logical_not().double()
+    loss = weight * rows - _rest(scale, weight, pull) * pos
+    return (loss if divisor is None else loss.sum() / divisor).to(dtype), whole, share
+
+
+def pair_backward(
+    z: Tensor, rnorm: Tensor, grad_lse: Tensor, pos: Tensor, share: Tensor, scale: Tensor, grad: Tensor,
+    w: Tensor | None, weight: float, pull: float | None, divisor: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n = z.shape[0] // 2
-    dz = lse_coef * grad_lse - (pull + pull.roll(n))[:, None] * z.roll(n, 0)
+    grad = grad.double() / divisor
+    upstream = grad if w is None else grad * w
+    pulls = (upstream * (weight * scale * share + _rest(scale, weight, pull))).to(z.dtype)
+    dz = (grad * weight * scale).to(z.dtype) * grad_lse - (pulls + pulls.roll(n))[:, None] * z.roll(n, 0)
     if rnorm.numel():
         dz = (dz - z * (z * dz).sum(1, keepdim=True)) * rnorm[:, None]
     dx = dz.to(dtype)
+    # Each product stands in row i and in row k of grad_lse, hence the half. The positive: - (1 - p) where the scale
+    # pulls it too, p of the log-sum-exp alone.
+    own = -share if pull is None else 1 - share
+    slope = weight * (0.5 * grad * (z * grad_lse).sum(1) + upstream * own * torch.cat([pos, pos]))
     # Two results must not share memory.
-    return dx[:n].clone(), dx[n:].clone(), (z * grad_lse).sum(1)
+    return dx[:n].clone(), dx[n:].clone(), slope
 
 
 def segmented_sort(x: Tensor, descending: bool) -> tuple[Tensor, Tensor]:

@@ -117,8 +117,8 @@ COMPOSED = [
     Mutant(
         "weight of the log-sum-exp ignored",
         DECOUPLED_FILE,
-        "torch.full_like(scale, weight)",
-        "torch.ones_like(scale)",
+        "weight=weight, pull=1.0",
+        "weight=1.0, pull=1.0",
         LOSSES + "test_shapes[chunked-decoupled-17-33-dtype1]",
     ),
     Mutant(

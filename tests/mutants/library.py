@@ -3,37 +3,65 @@
 from __future__ import annotations
 
 from composed import COMPOSED, LOSS_RANKS, ROWS
-from mutant import INPUTS, MODULE, NT_XENT, RANKS, Mutant
+from mutant import INPUTS, LAUNCHES, MODULE, NT_XENT, RANKS, ROW_KERNELS, Mutant
 
-SIMILARITY_FILE = "fastcl/ops/similarity.py"
+SIMILARITY_FILE, CHUNKED_FILE = "fastcl/ops/similarity.py", "fastcl/ops/chunked.py"
 FUNCTION = [
     Mutant(
         "s missing in the positives of the loss",
-        SIMILARITY_FILE,
+        CHUNKED_FILE,
         "x = lse - scale * pos",
         "x = lse - pos",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
     ),
     Mutant(
         "s missing in the gradient",
-        SIMILARITY_FILE,
-        "pull_grad = lse_grad * scale",
-        "pull_grad = lse_grad + 0 * scale",
+        CHUNKED_FILE,
+        "dz = (grad * weight * scale).to(z.dtype)",
+        "dz = (grad * weight).to(z.dtype)",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
     ),
     Mutant(
         "positives pulled as if p were 0",
-        SIMILARITY_FILE,
-        "lse, share = scale * pos + softplus(x), torch.sigmoid(x)",
-        "lse, share = scale * pos + softplus(x), torch.ones_like(x)",
+        CHUNKED_FILE,
+        "rows, share = _softplus(x), x.sigmoid()",
+        "rows, share = _softplus(x), torch.ones_like(x)",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
     ),
     Mutant(
         "half missing in the temperature gradient",
-        SIMILARITY_FILE,
-        "0.5 * rowdot",
-        "rowdot",
+        CHUNKED_FILE,
+        "(0.5 * grad * (z",
+        "(grad * (z",
         NT_XENT + "test_shapes[chunked-17-33-dtype1]",
+    ),
+    Mutant(
+        "log-sum-exp of the negatives divides the weights",
+        CHUNKED_FILE,
+        "whole = scale * pos + rows",
+        "whole = lse.clone()",
+        NT_XENT + "test_shapes[chunked-17-33-dtype1]",
+    ),
+    Mutant(
+        "the positive depends on the scale although its pull does not",
+        CHUNKED_FILE,
+        "own = -share if pull is None else 1 - share",
+        "own = -share",
+        ROW_KERNELS + "test_pair_backward[5-3-True-dtype0-True-0.25-1.0-chunked]",
+    ),
+    Mutant(
+        "mean over ranks of the sums of this rank",
+        SIMILARITY_FILE,
+        "            loss = ranks.sum(loss).to(scale.dtype)\n",
+        "            loss = loss.to(scale.dtype)\n",
+        RANKS + "[contract-reduction=mean-grad_reduction=mean-2]",
+    ),
+    Mutant(
+        "a bad temperature on the device gives a number",
+        "fastcl/losses/batch.py",
+        "return torch.add(scale, scale.detach().log(), alpha=0)",
+        "return scale",
+        INPUTS + "test_scale_whose_value_nobody_read[-1.0]",
     ),
     Mutant(
         "upstream weights of rows keep their peak",
@@ -65,7 +93,6 @@ FUNCTION = [
     ),
 ]
 
-CHUNKED_FILE = "fastcl/ops/chunked.py"
 CHUNKED = [
     Mutant(
         "chunk boundary off by one",
@@ -108,6 +135,37 @@ CHUNKED = [
         "torch.where(norm < EPS, 0.0, 1 / norm)",
         "1 / norm.clamp_min(EPS)",
         INPUTS + "test_zero_rows_get_no_gradient[chunked-float32]",
+    ),
+]
+
+LAUNCHED = [
+    Mutant(
+        "a copy of the loss is launched",
+        "fastcl/losses/two_view.py",
+        "    return loss\n",
+        "    return loss.clone()\n",
+        LAUNCHES + "test_two_view_losses[nt_xent-mean]",
+    ),
+    Mutant(
+        "the scale is copied from the host",
+        "fastcl/losses/batch.py",
+        "return torch.full((), number, dtype=dtype, device=x.device)",
+        "return torch.tensor(number, dtype=dtype).to(x.device)",
+        LAUNCHES + "test_nothing_comes_from_the_host[nt_xent-False-mean-dtype1]",
+    ),
+    Mutant(
+        "lengths of unit rows are looked at",
+        "fastcl/losses/batch.py",
+        "return UNIT_ROWS if isinstance(logit_scale, Tensor)",
+        "return ANY_ROWS if isinstance(logit_scale, Tensor)",
+        LAUNCHES + "test_learnable_temperature",
+    ),
+    Mutant(
+        "gradients of one chunk are copied",
+        "fastcl/kernels/operands.py",
+        "if chunk == rows:",
+        "if chunk == 0:",
+        LAUNCHES + "test_float32",
     ),
 ]
 
@@ -230,4 +288,4 @@ CHECKS = [
     ),
 ]
 
-MUTANTS = [*FUNCTION, *CHUNKED, *DISTRIBUTED, *ROWS, *COMPOSED, *CHECKS]
+MUTANTS = [*FUNCTION, *LAUNCHED, *CHUNKED, *DISTRIBUTED, *ROWS, *COMPOSED, *CHECKS]

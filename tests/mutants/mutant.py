@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 KERNELS = "tests/test_kernels.py::"
+ROW_KERNELS = "tests/test_row_kernels.py::"
+LAUNCHES = "tests/test_launches.py::"
 NT_XENT = "tests/test_nt_xent.py::"
 INPUTS = "tests/test_inputs.py::"
 MODULE = "tests/test_module.py::"
@@ -16,6 +18,7 @@ DRAWS = "tests/test_draws.py::"
 RANKS = "tests/test_distributed.py::test_ranks"
 PAIR_OPS = "tests/test_pair_ops.py::"
 PAIR_KERNELS = "tests/test_pair_kernels.py::"
+PAIR_TILES = "tests/test_pair_kernels_tiles.py::"
 PAIR_LOSSES = "tests/test_pair_losses.py::"
 PAIR_RANKS = "tests/test_distributed_pairs.py::test_ranks"
 

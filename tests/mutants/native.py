@@ -69,15 +69,15 @@ MUTANTS = [
     Mutant(
         "C++: positives pulled by one side only",
         "csrc/cpu/pair_backward.cpp",
-        "in.pull[i] + in.pull[partner]",
-        "in.pull[i] + in.pull[i]",
+        "in.pull(i) + in.pull(partner)",
+        "in.pull(i) + in.pull(i)",
         ONE_BLOCK,
     ),
     Mutant(
         "C++: normalisation backward dropped",
         "csrc/cpu/pair_backward.cpp",
         "if (in.rnorm != nullptr) simd",
-        "if (in.rnorm == in.z) simd",
+        "if (in.rnorm == in.pull) simd",
         ONE_BLOCK,
     ),
     Mutant(

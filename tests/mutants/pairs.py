@@ -75,15 +75,15 @@ IMAGES = [
     Mutant(
         "range of lengths known from the scale",
         "fastcl/losses/batch.py",
-        "return float(logit_scale) if normalize and not",
-        "return float(logit_scale) if not",
+        "    if not normalize:\n",
+        "    if not normalize and isinstance(logit_scale, Tensor):\n",
         PAIR_LOSSES + "test_numbers_and_tensors_agree_on_long_rows[cpp-clip]",
     ),
     Mutant(
         "the same from the temperature",
         "fastcl/losses/batch.py",
-        "return 1 / temperature if normalize and not",
-        "return 1 / temperature if not",
+        "Tensor) else temperature, normalize)",
+        "Tensor) else temperature, normalize or not isinstance(temperature, Tensor))",
         PAIR_LOSSES + "test_numbers_and_tensors_agree_on_long_rows[cpp-batch_nce]",
     ),
     Mutant(

@@ -209,20 +209,20 @@ FORWARD = [
         MASKED_FILE,
         "tl.where(counted, acc, 0.0)",
         "tl.where(counted, s2, 0.0)",
-        PAIR_KERNELS + "test_masked_forward[None-0-35-sum-False-dtype0]",
+        PAIR_KERNELS + "test_masked_forward[None-0-35-sum-True-dtype0]",
     ),
     Mutant(
         "columns that their bias rules out are counted",
         MASKED_FILE,
-        'keep = keep & (s2 != float("-inf"))',
-        'keep = keep & (s2 != float("inf"))',
+        'counted = equal & (s2 != float("-inf"))',
+        'counted = equal & (s2 != float("inf"))',
         PAIR_KERNELS + "test_masked_forward[150-3-0-sum-True-dtype0]",
     ),
     Mutant(
         "bias left in base e",
         MASKED_FILE,
-        "other=0.0)[None, :] * LOG2E",
-        "other=0.0)[None, :]",
+        "bias[None, :] * LOG2E",
+        "bias[None, :]",
         PAIR_KERNELS + "test_masked_forward[150-3-0-keep-True-dtype0]",
     ),
     Mutant(
@@ -260,29 +260,29 @@ SLOPES = [
     Mutant(
         "slope of a softplus at its lower end",
         SOFTPLUS_FILE,
-        "tl.where(x >= 0, 1.0, e)",
-        "tl.where(x >= 0, 1.0, 1.0)",
+        "tl.where(y >= 0, root, z)",
+        "tl.where(y >= 0, root, root)",
         PAIR_KERNELS + "test_softplus_is_relatively_exact_at_both_ends[-5.0]",
     ),
     Mutant(
         "softplus by the plain logarithm",
         SOFTPLUS_FILE,
-        "return tl.maximum(x, 0.0) + 2 * (t + t * q * series), slope",
-        "return tl.maximum(x, 0.0) + tl.log(1.0 + e), slope",
+        "softplus = tl.maximum(y, 0.0) + z * (C0 + w * (C1 + w * (C2 + w * C3)))",
+        "softplus = tl.maximum(y, 0.0) + tl.log2(1.0 + e)",
         PAIR_KERNELS + "test_softplus_is_relatively_exact_at_both_ends[-80.0]",
     ),
     Mutant(
         "pairs left out have sigmoid weights",
         SOFTPLUS_FILE,
-        "weight = tl.where(keep, weight * 2.0**WEIGHT_BITS, 0.0)",
-        "weight = weight * 2.0**WEIGHT_BITS",
+        'load_row(p_ids_b, o_n, cols, 0), SAME), y, float("-inf"))',
+        "load_row(p_ids_b, o_n, cols, 0), SAME), y, y)",
         PAIR_KERNELS + "test_softplus_sides[False-False-ab-dtype0]",
     ),
     Mutant(
         "upstream weights lost where sums are made too",
         SOFTPLUS_FILE,
-        "weight *= load_row(p_w_a, o_m, r, 0.0)[:, None]",
-        "weight *= 1.0",
+        "slope * _scaled(p_w_a, o_m, r, WEIGHT_BITS)[:, None]",
+        "slope * _scaled(None, o_m, r, WEIGHT_BITS)[:, None]",
         PAIR_KERNELS + "test_softplus[70-33--64-only--1.0-dtype0]",
     ),
     Mutant(
@@ -328,8 +328,8 @@ BACKWARD = [
     Mutant(
         "columns that their bias rules out are pulled",
         BACKWARD_FILE,
-        'keep = keep & (acc != float("-inf"))',
-        'keep = keep & (acc != float("inf"))',
+        'weight = tl.where(acc != float("-inf"), weight, 0.0)',
+        'weight = tl.where(acc != float("inf"), weight, 0.0)',
         PAIR_KERNELS + "test_masked_backward[150-3-0-sum-True-dtype0]",
     ),
     Mutant(
@@ -342,7 +342,7 @@ BACKWARD = [
     Mutant(
         "constant shift beside a bias",
         HOST_FILE,
-        "bound if plain else math.inf",
+        "bound if bias is None else math.inf",
         "bound",
         PAIR_KERNELS + "test_sides_that_take_no_part[True-5.0-True]",
     ),
@@ -363,8 +363,8 @@ BACKWARD = [
     Mutant(
         "the same with ids",
         HOST_FILE,
-        "_partials_masked(b, a, -offset, 0,",
-        "_partials_masked(b, a, offset, 0,",
+        "_masked_side(lse, b, a, -offset, 0,",
+        "_masked_side(lse, b, a, offset, 0,",
         PAIR_KERNELS + "test_columns_with_masks[drop-0]",
     ),
     Mutant(
@@ -377,8 +377,8 @@ BACKWARD = [
     Mutant(
         "the shorter side decides the path",
         HOST_FILE,
-        "reach = Range(a, b, scale, bound, max(rows, cols) if columns else cols)",
-        "reach = Range(a, b, scale, bound, cols)",
+        "math.inf if bias is not None else bound, max(rows, cols) if columns else cols)",
+        "math.inf if bias is not None else bound, cols)",
         PAIR_KERNELS + "test_the_longer_side_decides_the_path[70-1-lse_rows]",
     ),
     Mutant(

@@ -234,16 +234,16 @@ OTHERS = [
     ),
     Mutant(
         "nothing to compare a pair with is -infinity",
-        SIMILARITY_FILE,
-        "torch.where(x == -torch.inf, 0.0, x)",
+        CHUNKED_FILE,
+        "x.masked_fill(alone, 0.0)",
         "x",
         EXTREMES + "test_one_row[chunked-dcl-dtype1]",
     ),
     Mutant(
         "positive out of the sum pulls as if it were in",
-        SIMILARITY_FILE,
-        "lse, share = scale * pos + x, (x != -torch.inf).to(x.dtype)",
-        "lse, share = scale * pos + x, torch.sigmoid(x)",
+        CHUNKED_FILE,
+        "alone.logical_not().double()",
+        "x.sigmoid()",
         PAIR_LOSSES + "test_shapes[chunked-dcl-2-5-dtype0]",
     ),
     Mutant(

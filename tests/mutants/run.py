@@ -24,6 +24,7 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bf16
 import cuda
 import drop_ins
 import exchanges
@@ -31,6 +32,8 @@ import library
 import native
 import pairs
 import pairs_kernels
+import pairs_tiles
+import row_kernels
 import sorting
 import triton_kernels
 from mutant import Mutant
@@ -38,10 +41,14 @@ from mutant import Mutant
 MUTANTS = [
     *native.MUTANTS,
     *pairs_kernels.NATIVE,
+    *row_kernels.NATIVE,
     *sorting.NATIVE,
+    *bf16.MUTANTS,
     *cuda.MUTANTS,
     *triton_kernels.MUTANTS,
     *pairs_kernels.TRITON,
+    *pairs_tiles.MUTANTS,
+    *row_kernels.TRITON,
     *library.MUTANTS,
     *pairs.MUTANTS,
     *drop_ins.MUTANTS,

@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-seeds demo-losses test test-aot test-floor mutants bench gpu clean
+.PHONY: help demo demo-seeds demo-losses test test-aot test-floor mutants bench bench-compare gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -34,8 +34,15 @@ test-floor: .venv-floor/.ready ## kernel tests with the oldest Triton that is su
 mutants: .venv/.peers .venv/.fastcl ## break the library on purpose, one patch at a time: each must turn a test red
 	$(PY) tests/mutants/run.py
 
-bench: .venv/.bench .venv/.fastcl ## CPU benchmarks against eager PyTorch
-	$(PY) -m pytest benchmarks --benchmark-only
+bench: .venv/.bench .venv/.fastcl ## every loss beside plain PyTorch and other libraries; tables and plots in results/bench
+	mkdir -p results
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json results/bench.json
+	$(PY) benchmarks/report.py results/bench.json --out results/bench
+
+bench-compare: .venv/.bench .venv/.fastcl ## whether anything became slower than the committed baseline, as ratios to plain PyTorch
+	mkdir -p results
+	$(PY) -m pytest benchmarks --benchmark-only -k "fastcl or eager or stable" --benchmark-json results/bench-compare.json
+	$(PY) benchmarks/baseline.py results/bench-compare.json benchmarks/results/cpu/benchmarks.json
 
 gpu: ## tests, tuning and benchmarks on this machine's GPU, with its own python3 and PyTorch
 	$(PYTHON) setup.py build_ext --inplace
@@ -64,8 +71,9 @@ clean: ## remove environments, builds and results
 		sentence-transformers transformers tokenizers regex huggingface_hub httpx2 httpcore2 h11 idna truststore
 	touch $@
 
-.venv/.bench: .venv/.examples
-	$(PY) $(PIP) -c constraints.txt --no-deps POT
+# With those that the suite measures besides. inf-cl, siglip-kernel and liger-kernel run on GPUs alone.
+.venv/.bench: .venv/.peers
+	$(PY) $(PIP) -c constraints.txt --no-deps POT cut-cross-entropy
 	touch $@
 
 .venv/.fastcl: .venv/.base $(SOURCES)

@@ -1,50 +1,79 @@
-"""Tables after the CPU benchmarks: what pytest-benchmark's own tables do not show."""
+"""Measures each case once for all its sides, and keeps what describes the machine and the measurement in the JSON."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
-from benchmarks import compare, compare_pairs, compare_swd, memory
+from benchmarks import peers, report, suite, suite_report
 
-ROWS, SWD_ROWS, PAIR_ROWS = (pytest.StashKey[list]() for _ in range(3))
+
+ENTRIES = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
-    for key in (ROWS, SWD_ROWS, PAIR_ROWS):
-        config.stash[key] = []
+    config.stash[ENTRIES] = []
 
 
 @pytest.fixture
-def rows(request) -> list[dict]:
-    """The rows of the closing table of nt_xent."""
-    return request.config.stash[ROWS]
+def entries(request) -> list[dict]:
+    """What the closing tables are made of."""
+    return request.config.stash[ENTRIES]
 
 
-@pytest.fixture
-def swd_rows(request) -> list[dict]:
-    """The rows of the closing table of the sorts."""
-    return request.config.stash[SWD_ROWS]
+class Clock:
+    """Shows the time that was added to it: what was measured before is played back to pytest-benchmark."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
-@pytest.fixture
-def pair_rows(request) -> list[dict]:
-    """The rows of the closing table of CLIP and the others."""
-    return request.config.stash[PAIR_ROWS]
+def selected(session: pytest.Session) -> dict[suite.Case, list[str]]:
+    """{case: sides} of the tests that were asked for."""
+    found: dict[suite.Case, list[str]] = {}
+    for item in session.items:
+        if "case" in getattr(item, "callspec", type("", (), {"params": {}})).params:
+            found.setdefault(item.callspec.params["case"], []).append(item.callspec.params["side"])
+    return found
 
 
 @pytest.fixture(scope="session")
-def peaks() -> dict[memory.Case, int]:
-    """Peak extra bytes measured so far, so that each case is measured once."""
-    return {}
+def measured(request):
+    """A function of a case: everything about its sides, measured at the first call."""
+    wanted = selected(request.session)
+    return functools.cache(lambda case: suite.measure(case, wanted[case]))
+
+
+@pytest.fixture(scope="session")
+def peaks(request):
+    """A function: peak extra bytes by case and side, measured at the first call."""
+    return functools.cache(lambda: suite.peaks(selected(request.session)))
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """What was measured and with what; nothing about the repository or the name of the machine."""
+    info = output_json["machine_info"]
+    cpu = {key: info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
+    output_json["machine_info"] = {"cpu": cpu, "system": info["system"]} | report.versions()
+    output_json["machine_info"] |= {"peers": peers.versions(), "ceilings": suite.ceilings()}
+    for key in ("commit_info", "version"):
+        output_json.pop(key, None)
+    for entry in output_json["benchmarks"]:
+        for key in ("params", "param", "options"):
+            entry.pop(key, None)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.stash[ROWS]:
-        terminalreporter.section("nt_xent against eager PyTorch and the floor, interleaved")
-        terminalreporter.write_line(compare.markdown(config.stash[ROWS]))
-    if config.stash[SWD_ROWS]:
-        terminalreporter.section("sorts and swd_loss against plain PyTorch and POT, interleaved")
-        terminalreporter.write_line(compare_swd.markdown(config.stash[SWD_ROWS]))
-    if config.stash[PAIR_ROWS]:
-        terminalreporter.section("CLIP, SigLIP, InfoNCE with a queue and SupCon against plain PyTorch, interleaved")
-        terminalreporter.write_line(compare_pairs.markdown(config.stash[PAIR_ROWS]))
+    if config.stash[ENTRIES]:
+        terminalreporter.section("all sides in turns, in one process")
+        entries, versions = config.stash[ENTRIES], peers.versions()
+        terminalreporter.write_line(suite_report.table(entries, suite.ceilings(), versions))
+        terminalreporter.write_line(suite_report.targets(entries))
+        terminalreporter.write_line("\n".join(suite_report.missing(versions)))

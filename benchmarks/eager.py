@@ -23,6 +23,22 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
+def dcl(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    """NT-Xent with the positive in no sum."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    logits = z @ z.T / temperature
+    logits.fill_diagonal_(float("-inf"))
+    partner = torch.arange(z.shape[0], device=z.device).roll(z1.shape[0])[:, None]
+    others = logits.scatter(1, partner, float("-inf"))
+    return (others.logsumexp(1) - logits.gather(1, partner).squeeze(1)).mean()
+
+
+def info_nce(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """Every query against the keys of the batch."""
+    logits = F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
 def clip(image: Tensor, text: Tensor, logit_scale: float) -> Tensor:
     """Both directions from one matrix of logits."""
     logits = logit_scale * image @ text.T
@@ -70,13 +86,6 @@ def swd_loss(z: Tensor) -> Tensor:
     samples = F.normalize(torch.randn_like(z), dim=1)
     columns = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], dtype=z.dtype, device=z.device)).Q
     return swd(z, samples, columns.T)
-
-
-def pot(z: Tensor, samples: Tensor, directions: Tensor) -> Tensor:
-    """`swd` by POT, which takes directions as columns and returns the distance itself."""
-    import ot
-
-    return ot.sliced_wasserstein_distance(z, samples, projections=directions.T, p=2) ** 2
 
 
 def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

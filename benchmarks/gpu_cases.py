@@ -8,6 +8,7 @@ The ceilings are matrix-product rates and copy bandwidth. What is written when i
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,10 +71,13 @@ def cases() -> list[Case]:
     return [case for case in wanted if case.expected_seconds <= LONGEST_CALL]
 
 
-def ceilings(device: torch.device, size: int = 8192, copy_bytes: int = 2 * 2**30) -> dict:
+def ceilings(
+    device: torch.device, size: int = 8192, copy_bytes: int = 2 * 2**30, names: Iterable[str] = tuple(DTYPES)
+) -> dict:
     """Rates of a large matrix product in each type (TFLOP/s) and of a copy (TB/s, reads plus writes)."""
     found = {}
-    for name, (dtype, precision) in DTYPES.items():
+    for name in names:
+        dtype, precision = DTYPES[name]
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         with gpu_runner.matmul_precision(precision):

@@ -144,7 +144,7 @@ def markdown(results: dict) -> str:
         "hold them. Of bytes, of shared: the time that the bytes of all inputs and outputs take at the copy bandwidth, "
         "and that the accesses to shared memory take at one a lane and clock, over the time reached (in a graph where "
         "there is one). GiB: peak beyond the inputs, gradients included. P and N of the siblings of nt_xent are "
-        "features and rows. Errors: relative, against float64; those of swd_loss with draws given. wasserstein_1d and "
+        "features and rows. Errors: relative, against float64, of what draws nothing. wasserstein_1d and "
         "swd_loss: forward and backward; segmented_sort: values and indices.",
         times(results),
         *closing(results),

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks import timing
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import WORKLOADS, call_of
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt
 
@@ -70,22 +70,9 @@ def _status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status: expected a line {field}, got none")
 
 
-def add_peaks(rows: list[dict]) -> None:
-    """Peak extra bytes of the timed sides of each row that are sides of its workload, outside the timing."""
-    cases, places = [], []
-    for row in rows:
-        row["peak_extra_bytes"] = {}
-        for side in WORKLOADS[row["kind"]].sides:
-            if side in row["ms"]:
-                cases.append(Case(side, row["m"], row["d"], row["dtype"], row["kind"]))
-                places.append((row, side))
-    for (row, side), peak in zip(places, resident_peaks(cases), strict=True):
-        row["peak_extra_bytes"][side] = peak
-
-
 def _run(case: Case, m: int) -> timing.Run:
-    work = WORKLOADS[case.kind]
-    return timing.rotate(work.sides[case.side], work.inputs(m, case.d, getattr(torch, case.dtype), torch.device("cpu")))
+    inputs = WORKLOADS[case.kind].inputs(m, case.d, getattr(torch, case.dtype), torch.device("cpu"))
+    return timing.rotate(call_of(case.kind, case.side), inputs)
 
 
 def _measure(case: Case) -> int:

@@ -1,9 +1,8 @@
-"""Two references for the sorts on the CPU: numpy's sort, and the memory traffic of a sort that needs nothing else.
+"""A reference for the sorts on the CPU: numpy's sort, on as many threads as torch uses.
 
-numpy: values of the same rows, no indices and nothing calculated from them. On AVX2 and AVX-512 it is a vectorised
+Values of the same rows, no indices and nothing calculated from them. On AVX2 and AVX-512 it is a vectorised
 quicksort, about the fastest comparison sort there is, and one that a fused sort may pass: it moves each element
-about log2(N) times, a radix sort as often as a key has digits. Bytes: every input read once and every output written
-once, 12 bytes an element of a float32 sort. Both on as many threads as torch uses.
+about log2(N) times, a radix sort as often as a key has digits.
 """
 
 from __future__ import annotations
@@ -36,17 +35,3 @@ def numpy_sort(x: Tensor, y: Tensor | None = None) -> timing.Run:
         return scratch
 
     return run
-
-
-def wasserstein_bytes(x: Tensor, y: Tensor) -> timing.Run:
-    """Reads x and y [P, N] and writes the gradient."""
-    x, grad = x.detach(), torch.empty_like(y)
-    return lambda: torch.add(x, y, out=grad)
-
-
-def sort_bytes(x: Tensor) -> timing.Run:
-    """Reads x [P, N] and writes values and int32 indices."""
-    x = x.detach()
-    values, indices = torch.empty_like(x), torch.empty_like(x, dtype=torch.int32)
-
-    return lambda: (values.copy_(x), indices.zero_())

@@ -121,7 +121,7 @@ def candidates(entry: Entry, generation: int) -> list[Tile]:
     blocks = BLOCKS[entry.itemsize]
     found = [present]
     for sizes in itertools.product(blocks, blocks, widths, WARPS, STAGES):
-        tile = Tile(*sizes)
+        tile = Tile(*sizes, present.programs)
         fits = (
             accumulators(entry.name, tile) <= MOST_ACCUMULATORS[entry.itemsize]
             and shared_bytes(entry, tile) <= SHARED_BYTES[generation]
@@ -225,7 +225,8 @@ def _confirm(record, entry: Entry, generation: int, run, present: Tile, best: Ti
 
 
 def _tile(tile: Tile) -> str:
-    return f"Tile({', '.join(map(str, astuple(tile)))})"
+    numbers = astuple(tile) if tile.programs > 1 else astuple(tile)[:-1]
+    return f"Tile({', '.join(map(str, numbers))})"
 
 
 def _generations(tiles: dict[int, Tile]) -> str:

@@ -6,7 +6,7 @@ the same work: loss and gradients, or the loss or the sort alone where the name 
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,35 +14,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import accuracy, eager, timing
+from benchmarks import accuracy, eager, peers, timing
+from benchmarks.peers import IN_BATCH_TEMPERATURE, LOGIT_BIAS, TEMPERATURE, labels_of_eight, logit_scale
 from benchmarks.timing import gradient_of, value_of
 from fastcl import (
     clip_loss, contrastive_stats, dcl_loss, decoupled_nt_xent, info_nce, instance_discrimination_loss, nt_xent,
     nt_xent_views, ops, segmented_sort, siglip_loss, supcon_loss, swd_loss, uniformity_loss,
 )  # fmt: skip
-from fastcl.integrations.pytorch_metric_learning import NTXentLoss
 
-# Peers may be missing.
-POT = {"POT": gradient_of(eager.pot)} if importlib.util.find_spec("ot") else {}
+Call = Callable[..., object]
+Loss = Callable[..., Tensor]
+# Of a queue or a bank.
+QUERIES = 256
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Shapes of the inputs at (m, d), the sides, and how many of the inputs, from the first on, require grad."""
+    """Shapes of the inputs at (m, d), the sides, and how many of the inputs, from the first on, require grad.
+
+    `plain` is the loss in plain PyTorch, for torch.compile and for float64. `products` is how many products of all
+    similarities the loss and its gradients take at least without keeping the matrix, by device; `similarities` their
+    number at m rows.
+    """
 
     shapes: Callable[[int, int], list[tuple[int, ...]]]
-    sides: dict[str, Callable[..., object]]
+    sides: dict[str, Call]
     grads: int = 1
+    plain: Loss | None = None
+    products: dict[str, float] | None = None
+    similarities: Callable[[int], int] = lambda m: m * m
 
     def inputs(self, m: int, d: int, dtype: torch.dtype, device: torch.device, sets: int = 1) -> list[tuple]:
         return timing.random_sets(self.shapes(m, d), dtype, device, sets, self.grads)
+
+    def flop(self, m: int, d: int, device_type: str) -> float | None:
+        """Of the products, or None for what has none."""
+        return self.products and self.products[device_type] * 2 * self.similarities(m) * d
+
+    def least_bytes(self, m: int, d: int, itemsize: int) -> int:
+        """Inputs read once, gradients written once."""
+        shapes = self.shapes(m, d)
+        return sum(rows * columns for rows, columns in shapes + shapes[: self.grads]) * itemsize
+
+
+def _losses(kind: str, shapes: Callable, ours: Loss, plain: Loss | None = None, grads: int = 1, **counts) -> Workload:
+    """Of ours, plain PyTorch and every library that has this loss and runs here, with their gradients."""
+    sides = {"fastcl": ours} | ({"eager": plain} if plain else {}) | peers.losses_for(kind)
+    return Workload(shapes, {name: gradient_of(loss) for name, loss in sides.items()}, grads, plain, **counts)
+
+
+def _products(cpu: float, cuda: float) -> dict[str, float]:
+    return {"cpu": cpu, "cuda": cuda}
 
 
 def views(m: int, d: int) -> list[tuple[int, ...]]:
     return [(m // 2, d)] * 2
 
 
-def projections(m: int, d: int) -> list[tuple[int, ...]]:
+def _pairs(m: int, d: int) -> list[tuple[int, ...]]:
+    return [(m, d)] * 2
+
+
+def _rows(m: int, d: int) -> list[tuple[int, ...]]:
+    return [(m, d)]
+
+
+def _projections(m: int, d: int) -> list[tuple[int, ...]]:
     """Of the data and of the prior: orthonormal projections of many features are close to normal, as these are."""
     return [(d, m)] * 2
 
@@ -57,114 +94,62 @@ def _given(z: Tensor, samples: Tensor, directions: Tensor) -> Tensor:
     return swd_loss(z, prior_samples=samples, projections=directions)
 
 
-def _labels(x: Tensor) -> Tensor:
-    """Eight rows of every label."""
-    return torch.arange(len(x), device=x.device) % max(1, len(x) // 8)
-
-
-def logit_scale(x: Tensor) -> float:
-    """CLIP's first, for rows as long as these."""
-    return 1 / 0.07 / x.shape[1]
-
-
-def _queue(loss: Callable[..., Tensor]) -> Callable[..., object]:
-    """A loss of queries, keys and negatives, without gradient for the latter."""
-    return gradient_of(lambda q, k, n: loss(*(F.normalize(x, dim=1) for x in (q, k)), n, temperature=1.0))
+def _of_queue(loss: Loss) -> Loss:
+    """A loss of queries, keys and negatives of unit length."""
+    return lambda q, k, n: loss(*(F.normalize(x, dim=1) for x in (q, k)), n, temperature=1.0)
 
 
 def queue_of(queries: int) -> Workload:
-    """InfoNCE of so many queries, whatever the length m of the queue."""
-    return Workload(
+    """InfoNCE of so many queries, whatever the length m of the queue; no gradient for the latter."""
+    return _losses(
+        "info_nce, queue",
         lambda m, d: [(queries, d), (queries, d), (m, d)],
-        {
-            "fastcl": _queue(lambda *rows, temperature: info_nce(*rows, temperature, normalize=False)),
-            "eager": _queue(eager.queue_info_nce),
-        },
+        _of_queue(lambda *rows, temperature: info_nce(*rows, temperature, normalize=False)),
+        _of_queue(eager.queue_info_nce),
+        products=_products(3.0, 3.0),
+        similarities=lambda m: queries * m,
     )
 
 
-def _twins(x: Tensor) -> Tensor:
-    """Two rows of every label."""
-    return torch.arange(len(x), device=x.device) // 2
-
-
-def _metric_learning(x: Tensor) -> Tensor:
-    from pytorch_metric_learning.losses import NTXentLoss as Theirs
-
-    return Theirs()(x, _twins(x))
-
-
-METRIC_LEARNING = (
-    {"pytorch-metric-learning": gradient_of(_metric_learning)}
-    if importlib.util.find_spec("pytorch_metric_learning")
-    else {}
-)
-# Of a queue or a bank.
-QUERIES = 256
-# SigLIP's first.
-LOGIT_BIAS = -10.0
-# What is compared with rows of another kind.
-PAIRS = {
-    "clip_loss": Workload(
-        lambda m, d: [(m, d)] * 2,
-        {
-            "fastcl": gradient_of(lambda x, y: clip_loss(x, y, logit_scale(x))),
-            "eager": gradient_of(lambda x, y: eager.clip(x, y, logit_scale(x))),
-        },
-        grads=2,
+# What compares rows, with all its sides. NT-Xent's backward uses each tile for both blocks of rows on a CPU: two
+# products where the row-owned pass of the GPU has two and a half.
+LOSSES = {
+    "nt_xent": _losses("nt_xent", views, nt_xent, eager.nt_xent, 2, products=_products(2.0, 2.5)),
+    "dcl_loss": _losses(
+        "dcl_loss", views, functools.partial(dcl_loss, temperature=TEMPERATURE), eager.dcl, 2,
+        products=_products(2.0, 2.5),
     ),
-    "siglip_loss": Workload(
-        lambda m, d: [(m, d)] * 2,
-        {
-            "fastcl": gradient_of(lambda x, y: siglip_loss(x, y, logit_scale(x), LOGIT_BIAS)),
-            "eager": gradient_of(lambda x, y: eager.siglip(x, y, logit_scale(x), LOGIT_BIAS)),
-        },
-        grads=2,
+    "supcon_loss": _losses(
+        "supcon_loss", _rows, lambda x: supcon_loss(x, labels_of_eight(x)),
+        lambda x: eager.supcon(x, labels_of_eight(x)), products=_products(2.0, 3.0),
+    ),
+    "clip_loss": _losses(
+        "clip_loss", _pairs, lambda x, y: clip_loss(x, y, logit_scale(x)),
+        lambda x, y: eager.clip(x, y, logit_scale(x)), 2, products=_products(4.0, 4.0),
+    ),
+    "siglip_loss": _losses(
+        "siglip_loss", _pairs, lambda x, y: siglip_loss(x, y, logit_scale(x), LOGIT_BIAS),
+        lambda x, y: eager.siglip(x, y, logit_scale(x), LOGIT_BIAS), 2, products=_products(3.0, 3.0),
+    ),
+    "info_nce": _losses(
+        "info_nce", views, functools.partial(info_nce, temperature=IN_BATCH_TEMPERATURE),
+        lambda q, k: eager.info_nce(q, k, IN_BATCH_TEMPERATURE), 2,
+        products=_products(4.0, 4.0), similarities=lambda m: (m // 2) ** 2,
     ),
     "info_nce, queue": queue_of(QUERIES),
-    "supcon_loss": Workload(
-        lambda m, d: [(m, d)],
-        {
-            "fastcl": gradient_of(lambda x: supcon_loss(x, _labels(x))),
-            "eager": gradient_of(lambda x: eager.supcon(x, _labels(x))),
-        },
-    ),
-    # A term for every positive of a row: the peer builds a tensor of rows x positives x negatives.
-    "metric learning NTXentLoss": Workload(
-        lambda m, d: [(m, d)],
-        {"fastcl": gradient_of(lambda x: NTXentLoss()(x, _twins(x)))} | METRIC_LEARNING,
-    ),
-}
+}  # fmt: skip
 
-# Those whose memory alone is measured.
-OTHERS = {
-    "dcl_loss": Workload(views, {"fastcl": gradient_of(dcl_loss)}, grads=2),
-    "nt_xent_views": Workload(
-        lambda m, d: [(m // 4, d)] * 4, {"fastcl": gradient_of(lambda *views: nt_xent_views(views))}, grads=4
+# What sorts.
+SORTS = {
+    "wasserstein_1d": Workload(
+        _projections,
+        {"fastcl": _wasserstein_1d, "eager": gradient_of(eager.wasserstein_1d)},
+        plain=eager.wasserstein_1d,
     ),
-    "info_nce": Workload(views, {"fastcl": gradient_of(info_nce)}, grads=2),
-    "instance_discrimination_loss": Workload(
-        lambda m, d: [(QUERIES, d), (m, d)],
-        {"fastcl": gradient_of(lambda q, bank: instance_discrimination_loss(q, torch.arange(len(q)), bank))},
-    ),
-    "decoupled_nt_xent": Workload(views, {"fastcl": gradient_of(decoupled_nt_xent)}, grads=2),
-    "uniformity_loss": Workload(lambda m, d: [(m, d)], {"fastcl": gradient_of(uniformity_loss)}),
-    "contrastive_stats": Workload(views, {"fastcl": contrastive_stats}),
-}
-
-WORKLOADS = PAIRS | OTHERS | {
-    "nt_xent": Workload(views, {"fastcl": gradient_of(nt_xent), "eager": gradient_of(eager.nt_xent)}, grads=2),
-    "nt_xent forward": Workload(views, {"fastcl": value_of(nt_xent), "eager": value_of(eager.nt_xent)}),
-    "wasserstein_1d": Workload(projections, {"fastcl": _wasserstein_1d, "eager": gradient_of(eager.wasserstein_1d)}),
-    "swd_loss": Workload(
-        lambda m, d: [(m, d)], {"fastcl": gradient_of(swd_loss), "eager": gradient_of(eager.swd_loss)}
-    ),
+    "swd_loss": _losses("swd_loss", _rows, swd_loss, eager.swd_loss),
     # Samples and directions are inputs, so that all sides calculate the same number.
-    "swd_loss, given draws": Workload(
-        lambda m, d: [(m, d), (m, d), (d, d)],
-        {"fastcl": gradient_of(_given), "eager": gradient_of(eager.swd)} | POT,
-    ),
-    # Values and indices, forward alone.
+    "swd_loss, given draws": _losses("swd_loss, given draws", lambda m, d: [(m, d), (m, d), (d, d)], _given, eager.swd),
+    # Values and indices, forward alone: about the bytes of a gradient, indices being int32.
     "segmented_sort": Workload(
         lambda m, d: [(d, m)],
         {
@@ -173,24 +158,61 @@ WORKLOADS = PAIRS | OTHERS | {
             "torch.sort": value_of(lambda x: torch.sort(x, dim=1)),
         },
     ),
+}
+
+# Those whose memory alone is measured.
+OTHERS = {
+    "nt_xent_views": _losses(
+        "nt_xent_views", lambda m, d: [(m // 4, d)] * 4, lambda *views: nt_xent_views(views), grads=4
+    ),
+    "instance_discrimination_loss": _losses(
+        "instance_discrimination_loss", lambda m, d: [(QUERIES, d), (m, d)],
+        lambda q, bank: instance_discrimination_loss(q, torch.arange(len(q)), bank),
+    ),
+    "decoupled_nt_xent": _losses("decoupled_nt_xent", views, decoupled_nt_xent, grads=2),
+    "uniformity_loss": _losses("uniformity_loss", _rows, uniformity_loss),
+    "contrastive_stats": Workload(views, {"fastcl": contrastive_stats}),
 }  # fmt: skip
 
+WORKLOADS = LOSSES | SORTS | OTHERS
 
-def errors(kind: str, n: int, p: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Of each side against float64, for float32 inputs; nothing for a sort, which has no rounding."""
-    if kind == "segmented_sort":
-        return {}
-    work = WORKLOADS["wasserstein_1d" if kind == "wasserstein_1d" else "swd_loss, given draws"]
-    inputs = work.inputs(n, p, torch.float32, device)[0]
-    got = {name: work.sides[name](*inputs) for name in WORKLOADS[kind].sides}
+
+def call_of(kind: str, side: str) -> Call:
+    """A side of a workload; "compiled" is plain PyTorch through torch.compile, made for one size."""
+    work = WORKLOADS[kind]
+    return gradient_of(eager.compiled(work.plain)) if side == "compiled" else work.sides[side]
+
+
+def exact(kind: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(loss, gradients) of a workload in float64 on the already rounded inputs, by plain PyTorch.
+
+    With the matrix of similarities: 8 bytes for each of them, several times.
+    """
+    if kind in ("wasserstein_1d", "swd_loss, given draws"):
+        return (accuracy.exact_wasserstein_1d if kind == "wasserstein_1d" else accuracy.exact_swd)(*inputs)
+    return gradient_of(WORKLOADS[kind].plain)(*(x.detach().double().requires_grad_(x.requires_grad) for x in inputs))
+
+
+def has_errors(kind: str) -> bool:
+    """Not sorts, which have no rounding, nor what draws anew."""
+    return kind in LOSSES or kind in ("wasserstein_1d", "swd_loss, given draws")
+
+
+def errors(kind: str, calls: dict[str, Call], inputs: tuple[Tensor, ...]) -> dict[str, dict[str, float]]:
+    """{side: its errors against float64} of the loss and of all gradients together."""
+    loss, *grads = exact(kind, inputs)
+    found = {name: call(*inputs) for name, call in calls.items()}
     if kind != "wasserstein_1d":
-        truth = accuracy.exact_swd(*inputs)
-        return {name: accuracy.relative(*found, *truth) for name, found in got.items()}
-    loss, grad = accuracy.exact_wasserstein_1d(*inputs)
-    keep = accuracy.distinct(inputs[0])
-    factors = dict.fromkeys(got, 1) | {"fastcl": 1 / p}
+        return {
+            name: accuracy.relative(value, torch.cat(got), loss, torch.cat(grads))
+            for name, (value, *got) in found.items()
+        }
+    # Among equals any order is right, and torch.sort takes one of its own.
+    keep, directions = accuracy.distinct(inputs[0]), inputs[0].shape[0]
     # Transposed: a row of the data is a column here.
     return {
-        name: accuracy.relative(value, (factors[name] * found * keep).T, loss, (grad * keep).T)
-        for name, (value, found) in got.items()
+        name: accuracy.relative(
+            value, (got * (1 / directions if name == "fastcl" else 1) * keep).T, loss, (grads[0] * keep).T
+        )
+        for name, (value, got) in found.items()
     }

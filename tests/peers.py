@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -16,38 +14,15 @@ from torch import Tensor
 
 from error_rule import check, relative
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-LOSSES = {
-    "lightly": "lightly.loss",
-    "open_clip": "open_clip.loss",
-    "pytorch_metric_learning": "pytorch_metric_learning.losses",
-    "sentence_transformers": "sentence_transformers.sentence_transformer.losses",
-}
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-
-def original(name: str) -> ModuleType:
-    """The module of the original's losses."""
-    if name == "open_clip":
-        # By itself: the package around it imports tokenisers and models, which takes longer than all tests.
-        path = Path(importlib.util.find_spec(name).origin).with_name("loss.py")
-        spec = importlib.util.spec_from_file_location("open_clip_loss", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    if not missing("torchvision"):
-        # Made importable beside a CPU-only PyTorch.
-        sys.path.append(str(EXAMPLES))
-        importlib.import_module("simclr.torchvision_compat")
-    return importlib.import_module(LOSSES[name])
-
-
-def missing(name: str) -> bool:
-    return importlib.util.find_spec(name) is None
+from benchmarks.peers import LOSSES, installed  # noqa: F401  the tests' too
+from benchmarks.peers import losses_of as original
 
 
 def require(name: str) -> ModuleType:
     """The losses for a test module, which is skipped where the library is not installed."""
-    if missing(name):
+    if not installed(name):
         pytest.skip(f"{name} is not installed", allow_module_level=True)
     return original(name)
 

@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import (
     accuracy,
-    compare_swd,
     eager,
     gpu,
     gpu_runner,
@@ -32,7 +31,6 @@ from benchmarks import (
 )
 
 CPU = torch.device("cpu")
-needs_pot = pytest.mark.skipif(not workloads.POT, reason="POT is not installed")
 BOTH = "forward + backward"
 
 
@@ -78,14 +76,12 @@ def test_sorting_sides_return_the_same_values():
         assert torch.equal(values, x.sort(1).values) and torch.equal(x.gather(1, indices.long()), values), name
 
 
-def test_errors_see_a_wrong_gradient_but_not_the_order_of_equals(monkeypatch):
-    side = timing.gradient_of(eager.wasserstein_1d)
-    work = workloads.Workload(
-        lambda m, d: [(d, m)] * 2,
-        {"fastcl": workloads.WORKLOADS["wasserstein_1d"].sides["fastcl"], "eager": lambda x, y: (side(x, y)[0], 0 * x)},
-    )
-    monkeypatch.setitem(workloads.WORKLOADS, "wasserstein_1d", work)
-    found = workloads.errors("wasserstein_1d", 100, 4, CPU)
+def test_errors_see_a_wrong_gradient_but_not_the_order_of_equals():
+    ours = workloads.WORKLOADS["wasserstein_1d"].sides["fastcl"]
+    theirs = timing.gradient_of(eager.wasserstein_1d)
+    inputs = workloads.WORKLOADS["wasserstein_1d"].inputs(100, 4, torch.float32, CPU)[0]
+    wrong = {"fastcl": ours, "eager": lambda x, y: (theirs(x, y)[0], 0 * x)}
+    found = workloads.errors("wasserstein_1d", wrong, inputs)
     assert found["eager"]["gradient"] == pytest.approx(1) and found["eager"]["loss"] < 1e-5
     assert max(found["fastcl"].values()) < 1e-5
     x = torch.tensor([[1.0, 2.0, 1.0, 0.0], [3.0, 3.0, -0.0, 0.0]])
@@ -93,52 +89,10 @@ def test_errors_see_a_wrong_gradient_but_not_the_order_of_equals(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_references_sort_all_rows_and_stream_all_bytes(rows):
+def test_reference_sorts_all_rows(rows):
     x, y = (torch.randn(rows, 33) for _ in range(2))
     blocks = sort_floor.numpy_sort(x, y)()
     assert np.array_equal(np.concatenate(blocks), torch.cat([x, y]).sort(1).values.numpy())
-    assert torch.equal(sort_floor.wasserstein_bytes(x, y)(), x + y)
-    values, indices = sort_floor.sort_bytes(x.half())()
-    assert (values.dtype, indices.dtype) == (torch.float16, torch.int32) and values.shape == indices.shape == x.shape
-
-
-def run_compare(monkeypatch, *args: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["compare_swd.py", *args])
-    return compare_swd.main()
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("pot", [False, pytest.param(True, marks=needs_pot)], ids=["without POT", "with POT"])
-def test_compare_prints_a_line_for_each_other_side(pot, tmp_path, monkeypatch, capsys):
-    if not pot:
-        monkeypatch.setattr(compare_swd, "POT", {})
-        monkeypatch.delitem(workloads.WORKLOADS["swd_loss, given draws"].sides, "POT", raising=False)
-    out = tmp_path / "swd.json"
-    assert run_compare(monkeypatch, "--n", "16", "512", "--p", "4", "--seconds", "0", "--json", str(out)) == 0
-    printed = capsys.readouterr()
-    rows = json.loads(out.read_text())["rows"]
-    others = {"wasserstein_1d": 1, "swd_loss": 1, "swd_loss, given draws": 1 + pot, "segmented_sort": 2}
-    kinds = [kind for kind, dtypes in compare_swd.KINDS.items() for _ in dtypes]
-    assert [(row["kind"], row["m"]) for row in rows] == [(kind, n) for kind in kinds for n in (16, 512)]
-    assert printed.out.count("\n") == 2 + 2 * sum(others[kind] for kind in kinds)
-    for row in rows:
-        assert len(row["ratio"]) == others[row["kind"]] and all(value["median"] > 0 for value in row["ratio"].values())
-        assert set(row["peak_extra_bytes"]) == {"fastcl", *row["ratio"]}
-        assert row["share"]["np.sort"]["median"] > 0
-        assert set(row["error"]) == ({"fastcl", *row["ratio"]} if "sort" not in row["kind"] else set())
-    assert ("POT is not installed" in printed.err) != pot
-    assert "wasserstein_1d N=512:" in printed.err and "at least 2×" in printed.err
-    with pytest.raises(SystemExit) as stop:
-        run_compare(monkeypatch, "--n", "0")
-    assert stop.value.code == 2
-
-
-def test_targets_tell_met_from_missed():
-    def row(n: int, ratio: float) -> dict:
-        return {"kind": "wasserstein_1d", "m": n, "ratio": {"eager": {"median": ratio}}}
-
-    lines = compare_swd.targets([row(512, 1.9), row(2048, 9.0), row(8192, 3.0)])
-    assert [line.split(": ")[-1] for line in lines] == ["MISSED", "met"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -159,13 +113,13 @@ def test_gpu_cases_hold_the_targets_first():
     assert first == [gpu_swd_report.RATIO_AT, gpu_swd_report.FLOOR_AT, (128, gpu_swd_report.LONGEST_LEAN)]
     assert len({case.key for case in wanted}) == len(wanted)
     assert set(gpu_swd_report.SIBLINGS) == set(gpu_swd.SIBLINGS)
-    assert {case.kind for case in wanted[:8]} == {case.kind for case in wanted}
+    assert {case.kind for case in wanted[:9]} == {case.kind for case in wanted}
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "other"),
     [
-        ("wasserstein_1d", "fp32", "eager"), ("swd_loss", "fp32", "eager"), ("swd_loss", "bf16", "eager"),
+        ("wasserstein_1d", "fp32", "eager"), ("swd_loss, given draws", "fp32", "eager"), ("swd_loss", "bf16", "eager"),
         ("segmented_sort", "fp16", gpu_swd.STABLE), ("segmented_sort", "fp32", gpu_swd.STABLE),
         ("decoupled_nt_xent", "bf16", "nt_xent"), ("uniformity_loss", "bf16", "nt_xent"),
     ],
@@ -178,7 +132,7 @@ def test_gpu_case_runs_both_sides(kind, dtype, other):
     assert record["ratio"][case.label]["median"] > 0
     errors = [side["error_vs_fp64"]["gradient"] for side in record["sides"].values() if "error_vs_fp64" in side]
     # Projections of 64 rows in float32 hardly ever change places.
-    assert len(errors) == (2 if dtype == "fp32" and kind != "segmented_sort" else 0) and all(e < 1e-3 for e in errors)
+    assert len(errors) == (2 if kind in ("wasserstein_1d", "swd_loss, given draws") else 0) and all(e < 1e-3 for e in errors)
     json.dumps(record)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from fastcl import integrations
 from fastcl.integrations import lightly, open_clip, pytorch_metric_learning, sentence_transformers
-from peers import LOSSES, missing, original
+from peers import LOSSES, installed, original
 from test_docs import BLOCK, README
 
 CLASSES = [
@@ -130,7 +130,7 @@ def test_refused(error, message, call, no_kernel):
 @pytest.mark.parametrize("name", LOSSES)
 def test_migration_of_the_readme(name, monkeypatch):
     """Its example, run with the import of before and with that of after, gives the same loss and gradients."""
-    if missing(name):
+    if not installed(name):
         pytest.skip(f"{name} is not installed")
     (block,) = (b for b in BLOCK.findall(README.read_text(encoding="utf-8")) if f"fastcl.integrations.{name} " in b)
     before, after, *rest = block.splitlines()

@@ -128,7 +128,42 @@ def test_the_tables_of_the_performance_page_are_the_scripts():
 def test_clocks_of_a_tile():
     """lse_symmetric: 2 * 64 * 128 * 128 FLOP at 4,096 a clock, as many exponentials as elements at 16 a clock."""
     unit = roofline.clocks("lse_symmetric")
-    assert unit["matrix"] == 512 and unit["exp2"] == 512 == unit["elements"] / 16
+    assert unit["matrix"] == 512 and unit["special"] == 512 == unit["elements"] / 16
     assert roofline.clocks("lse_backward")["matrix"] == 1024
     overlapped, in_turn = roofline.pass_ms("lse_backward", 2.0**32)
     assert overlapped < in_turn <= 2 * overlapped
+
+
+def test_share_of_a_polynomial():
+    """By hand, for lse_symmetric at 64 features on Hopper: from no share to all of it special functions fall by 512
+    clocks, and eight instructions more an element take 512."""
+    unit = roofline.clocks("lse_symmetric", 64)
+    share = (unit["special"] - unit["issue"]) / (512 + 512)
+    lines = roofline.polynomial_table().splitlines()
+    row = next(line for line in lines if line.startswith("| lse_symmetric | sm_90 | 64 "))
+    assert abs(float(row.split("|")[7].strip(" %")) / 100 - share) <= 0.01
+
+
+def test_waves_are_whole_programs():
+    """2,048 rows: 16 blocks of columns, each pair of them a program; two programs on each of 132 multiprocessors."""
+    row = roofline.waves_table().splitlines()[2].split("|")
+    assert [cell.strip() for cell in row[1:5]] == ["2,048", "lse_symmetric", "136", f"{136 / 264:.2f}"]
+
+
+def test_measured_times_stand_beside_the_predicted_ones(tmp_path, monkeypatch):
+    """Made up: not measurements of anything."""
+    both, graph = ({"median": ms} for ms in (4.25, 0.125))
+    cases = [
+        {"dtype": "bf16", "d": 128, "m": m, "other": "eager",
+         "sides": {"fastcl": {"ms": {"forward + backward": both}, "graph_ms": graph}}}
+        for m in (65536, 8192)
+    ]  # fmt: skip
+    (tmp_path / "nvidia-some").mkdir()
+    (tmp_path / "nvidia-some" / "nt_xent.json").write_text(json.dumps({"name": "NVIDIA Some", "cases": cases}))
+    assert "4.25" not in roofline.targets_table()
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
+    lines = roofline.targets_table().splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == [
+        "4.25 (NVIDIA Some)", "0.125 (NVIDIA Some)", *["no GPU yet"] * 4,
+    ]  # fmt: skip
+    assert lines[1].startswith("| nt_xent, M=8,192, D=128, in a CUDA graph | 0.15 | 0.0")

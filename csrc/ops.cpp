@@ -14,6 +14,9 @@
 
 TORCH_LIBRARY(fastcl, m) {
   m.def("normalize_pair(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)");
+  m.def("unit_rows(Tensor x, ScalarType? rounded) -> (Tensor, Tensor)");
+  m.def(
+      "unit_rows_backward(Tensor z, Tensor rnorm, Tensor dz, ScalarType dtype) -> Tensor");
   m.def(
       "lse_forward(" FASTCL_PAIRS ", float bound, SymInt offset, SymInt pair, *, " FASTCL_IDS
       ", Tensor? bias=None, bool columns=False) -> Tensor[]");

@@ -16,10 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .losses import checks, draws
 from .losses.batch import Batch, open_batch
 from .losses.instance_discrimination import instance_discrimination_loss, with_normaliser
-from .ops.chunked import row_chunks, unit_rows
+from .ops.chunked import row_chunks
 from .ops.rows import product_rows
 from .sort import segmented_sort
 
@@ -88,7 +89,7 @@ class Queue(nn.Module):
         batch, size = _open(name, self.group, "keys", keys, self.rows), self.rows.shape[0]
         if batch.total > size:
             raise ValueError(f"{name}: keys must fit a queue of {size}, got {batch.total} over all ranks")
-        keys = _gathered(batch, unit_rows(keys)[0].to(self.rows.dtype))
+        keys = _gathered(batch, ops.unit_rows(keys, None)[0].to(self.rows.dtype))
         places = (self.position + torch.arange(len(keys), device=keys.device)) % size
         self.rows = self.rows.index_copy(0, places, keys)
         self.position = (self.position + len(keys)) % size
@@ -144,13 +145,13 @@ class MemoryBank(nn.Module):
             checks.indices(name, "indices", indices, size)
 
         batch = _open(name, self.group, "features", features, self.rows, check, momentum=self.momentum)
-        found = _gathered(batch, unit_rows(features)[0].to(self.rows.dtype))
+        found = _gathered(batch, ops.unit_rows(features, None)[0].to(self.rows.dtype))
         where = _gathered(batch, indices.long())
         # Writes of the same row would come in any order: all of them write what the last one does.
         order = torch.arange(len(where), device=where.device)
         last = where.new_zeros(size).scatter_reduce(0, where, order, "amax")[where]
         old = self.rows[where]
-        mixed = unit_rows(self.momentum * old + (1 - self.momentum) * found[last])[0].to(old.dtype)
+        mixed = ops.unit_rows(self.momentum * old + (1 - self.momentum) * found[last], None)[0].to(old.dtype)
         self.rows = self.rows.index_copy(0, where, torch.where(mixed.isfinite().all(1, keepdim=True), mixed, old))
 
     def extra_repr(self) -> str:

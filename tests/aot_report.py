@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,7 +31,14 @@ from fastcl.kernels.lse_masked import lse_masked_kernel
 from fastcl.kernels.lse_rows import lse_combine_kernel, lse_rows_kernel
 from fastcl.kernels.lse_symmetric import lse_symmetric_kernel
 from fastcl.kernels.lse_two_way import lse_two_way_kernel
-from fastcl.kernels.rows import normalize_pair_kernel, pair_backward_kernel, pair_loss_kernel, sum_kernel
+from fastcl.kernels.rows import (
+    normalize_pair_kernel,
+    pair_backward_kernel,
+    pair_loss_kernel,
+    sum_kernel,
+    unit_rows_backward_kernel,
+    unit_rows_kernel,
+)
 from fastcl.kernels.softplus import softplus_rows_kernel, softplus_weight_kernel
 from fastcl.kernels.stats import stats_kernel
 
@@ -133,10 +141,18 @@ def row_cases():
             constants = {"NORMALIZE": True, "BLOCK_M": block_m, "BLOCK_D": block_d}
             types = {n: f"*{dtype}" for n in ("p_x1", "p_x2", "p_dx1", "p_dx2")} | {"p_z": f"*{z}"}
             types |= dict.fromkeys(("p_share", "p_slope"), "*fp64")
-            for name, kernel in (("normalize_pair", normalize_pair_kernel), ("pair_backward", pair_backward_kernel)):
+            for kernel in (normalize_pair_kernel, pair_backward_kernel):
+                name = kernel.fn.__name__.removesuffix("_kernel")
                 label = {"kernel": name, "dtype": dtype, "d": f"<= {d}", "tile": f"{block_m}x{block_d}"}
                 options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
                 yield label | {"warps": 8, "stages": 1}, kernel, types, constants, options, False
+        for kernel in (unit_rows_kernel, unit_rows_backward_kernel):
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            constants = {"ROUNDED": tl.float16, "BLOCK_M": block_m, "BLOCK_D": block_d}
+            types = {"p_x": "*fp16", "p_dx": "*fp16"}
+            label = {"kernel": name, "dtype": "fp16", "d": f"<= {d}", "tile": f"{block_m}x{block_d}"}
+            options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+            yield label | {"warps": 8, "stages": 1}, kernel, types, constants, options, False
     for kernel in (row_weight_kernel, lse_combine_kernel, pair_loss_kernel, sum_kernel):
         constants = {"BLOCK_M": 128, "BLOCK": 1024, "WEIGHT_BITS": 14, "ONLINE_MAX": True, "CHECK_RANGE": True}
         constants |= {"POSITIVE_COUNTS": True, "SUM": True, "p_w": None, "p_norms": None}

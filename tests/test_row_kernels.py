@@ -157,3 +157,66 @@ def test_pair_backward_of_a_multiple_of_nt_xent(module, device):
     scale, nothing = torch.tensor(4.0, device=device), torch.zeros(8, 8, device=device)
     *dx, _ = module.pair_backward(z, rnorm, nothing, pos, share, scale, one, None, 0.25, 1.0, 1, torch.float32)
     assert not torch.cat(dx).any()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n,d", [(1, 1), (5, 3), (33, 130), (3, 1000), (600, 128)])
+def test_unit_rows_and_the_way_back(n, d, dtype, module, device):
+    """In any layout, against float64: eps a few times over for the length, and for the products of the projection."""
+    x = torch.randn(d, n, device=device).to(dtype).T * 10.0 ** torch.randint(-3, 3, (n, 1), device=device).to(dtype)
+    z, rnorm = module.unit_rows(x, None)
+    exact = reference.normalize(x.double())
+    assert z.dtype == rnorm.dtype == torch.float32
+    eps = torch.finfo(torch.float32).eps
+    assert relative(z, exact) <= 4 * eps and relative(rnorm, 1 / x.double().norm(dim=1)) <= 4 * eps
+    dz = torch.randn(d, n, device=device).T
+    dx = module.unit_rows_backward(z, rnorm, dz, dtype)
+    wide = x.double().requires_grad_()
+    (truth,) = torch.autograd.grad(reference.normalize(wide), wide, dz.double())
+    # Row by row: lengths differ by powers of ten. One feature has no direction, and what is left of it is rounding.
+    floor = (rnorm.double() * dz.double().norm(dim=1))[:, None]
+    unit = 4 * eps * max(1, d**0.5) + (torch.finfo(dtype).eps if dtype != torch.float32 else 0)
+    small = torch.finfo(dtype).tiny
+    assert dx.dtype == dtype and ((dx.double() - truth).norm(dim=1) <= unit * floor[:, 0] + small).all()
+
+
+@EVERY
+def test_unit_rows_are_rounded_where_that_is_asked_for(module, device):
+    x = torch.randn(9, 21, device=device)
+    z, _ = module.unit_rows(x, None)
+    rounded, _ = module.unit_rows(x, torch.float16)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, z)
+    # One last place of fp16: z itself may differ in one of fp32 before it is rounded.
+    assert relative(rounded, reference.normalize(x.double()).half().double()) < 2**-10
+
+
+@EVERY
+@pytest.mark.parametrize("length", [0.0, 1e-14, 1e-30, 1e30])
+def test_unit_rows_of_any_length(length, module, device):
+    x = torch.ones(3, 7, device=device) * length
+    x[1] = torch.arange(7, device=device)
+    z, rnorm = module.unit_rows(x, None)
+    # Rows below 1e-12 are divided by that, and get no gradient.
+    torch.testing.assert_close(z.double(), reference.normalize(x.double()), rtol=1e-6, atol=1e-30)
+    if length < 1e-12:
+        assert (rnorm[0] == 0) and (module.unit_rows_backward(z, rnorm, torch.ones_like(z), torch.float32)[0] == 0).all()
+    assert (rnorm[1] > 0) and z.isfinite().all()
+
+
+@EVERY
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_rows_that_are_no_numbers_stay_so_alone(poison, module, device):
+    x = torch.randn(5, 40, device=device)
+    x[2, 33] = poison
+    z, rnorm = module.unit_rows(x, None)
+    dx = module.unit_rows_backward(z, rnorm, torch.ones_like(z), torch.float32)
+    for found in (z.sum(1), rnorm if math.isnan(poison) else z.sum(1), dx.sum(1)):
+        assert found.isnan().tolist() == [False, False, True, False, False]
+
+
+@EVERY
+def test_no_rows(module, device):
+    z, rnorm = module.unit_rows(torch.empty(0, 5, device=device), None)
+    assert z.shape == (0, 5) and rnorm.shape == (0,)
+    assert module.unit_rows_backward(z, rnorm, z, torch.float32).shape == (0, 5)

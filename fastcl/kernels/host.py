@@ -9,6 +9,7 @@ import math
 
 import torch
 import triton
+import triton.language as tl
 
 from . import launch
 from .host_pairs import similarity_stats, softplus_backward, softplus_both, softplus_forward
@@ -31,7 +32,14 @@ from .operands import (
     vector,
     weighted_products,
 )
-from .rows import normalize_pair_kernel, pair_backward_kernel, pair_loss_kernel, sum_kernel
+from .rows import (
+    normalize_pair_kernel,
+    pair_backward_kernel,
+    pair_loss_kernel,
+    sum_kernel,
+    unit_rows_backward_kernel,
+    unit_rows_kernel,
+)
 
 __all__ = [
     "aligned_rows",
@@ -46,11 +54,14 @@ __all__ = [
     "softplus_backward",
     "softplus_both",
     "softplus_forward",
+    "unit_rows",
+    "unit_rows_backward",
 ]
 
 ROW_OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
 VECTOR_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 VECTOR_BLOCK = 128
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Of the one program that adds up what others left.
 SUM_BLOCK = 1024
 
@@ -67,6 +78,29 @@ def normalize_pair(x1, x2, normalize: bool):
             NORMALIZE=normalize, BLOCK_M=block_m, BLOCK_D=block_d, **ROW_OPTIONS,
         )  # fmt: skip
     return z, rnorm, pos
+
+
+def unit_rows(x, rounded):
+    n, d = x.shape
+    z, rnorm = x.new_empty((n, d), dtype=torch.float32), x.new_empty(n, dtype=torch.float32)
+    if n:
+        block_m, block_d = launch.row_block(d)
+        unit_rows_kernel[(triton.cdiv(n, block_m),)](
+            x, z, rnorm, n, d, *x.stride(), ROUNDED=TRITON_DTYPES[rounded or torch.float32],
+            BLOCK_M=block_m, BLOCK_D=block_d, **ROW_OPTIONS,
+        )  # fmt: skip
+    return z, rnorm
+
+
+def unit_rows_backward(z, rnorm, dz, dtype):
+    n, d = z.shape
+    dx = z.new_empty((n, d), dtype=dtype)
+    if n:
+        block_m, block_d = launch.row_block(d)
+        unit_rows_backward_kernel[(triton.cdiv(n, block_m),)](
+            z, rnorm, dz, dx, n, d, *dz.stride(), BLOCK_M=block_m, BLOCK_D=block_d, **ROW_OPTIONS
+        )
+    return dx
 
 
 def pair_loss(lse, pos, scale, weight: float, pull: float | None, positive_counts: bool, divisor, dtype):

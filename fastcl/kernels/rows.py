@@ -27,6 +27,12 @@ def _unit(x):
     return unit, tl.where(norm < EPS, 0.0, 1.0 / norm)
 
 
+@triton.jit
+def _project(z, dz, rnorm):
+    """Back through the normalisation. A row that was not a number has no zero gradient: rnorm is NaN there."""
+    return (dz - z * tl.sum(z * dz, 1)[:, None]) * rnorm[:, None]
+
+
 @triton.jit(do_not_specialize=["n"])
 def normalize_pair_kernel(
     p_x1,  # [n, d], any strides
@@ -63,6 +69,51 @@ def normalize_pair_kernel(
     tl.store(p_z1, z1, mask=mask)
     tl.store(p_z2, z2, mask=mask)
     tl.store(p_pos + o_m, tl.sum(z1.to(tl.float32) * z2.to(tl.float32), 1), mask=m_row)
+
+
+@triton.jit(do_not_specialize=["n"])
+def unit_rows_kernel(
+    p_x,  # [n, d], any strides
+    p_z,  # [n, d] fp32
+    p_rnorm,  # [n] fp32
+    n,
+    d,
+    stride_m,
+    stride_d,
+    ROUNDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    mask = (o_m < n)[:, None] & (o_d < d)[None, :]
+    z, rnorm = _unit(_load_row(p_x, o_m, o_d, stride_m, stride_d, mask))
+    tl.store(p_rnorm + o_m, rnorm, mask=o_m < n)
+    p_out = p_z + o_m.to(tl.int64)[:, None] * d + o_d[None, :]
+    tl.store(p_out, z.to(ROUNDED).to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def unit_rows_backward_kernel(
+    p_z,  # [n, d] fp32
+    p_rnorm,  # [n] fp32
+    p_dz,  # [n, d] fp32, any strides
+    p_dx,  # [n, d]
+    n,
+    d,
+    stride_m,
+    stride_d,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    mask = (o_m < n)[:, None] & (o_d < d)[None, :]
+    z = _load_row(p_z, o_m, o_d, d, 1, mask)
+    dz = _load_row(p_dz, o_m, o_d, stride_m, stride_d, mask)
+    rnorm = tl.load(p_rnorm + o_m, mask=o_m < n, other=0.0)
+    p_out = p_dx + o_m.to(tl.int64)[:, None] * d + o_d[None, :]
+    tl.store(p_out, _project(z, dz, rnorm).to(p_dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -146,8 +197,7 @@ def _pull(p_share, p_w, o, m_row, grad, factor, rest):
 def _row_grad(z, partner, grad, rnorm, factor, pull, NORMALIZE: tl.constexpr):
     dz = factor * grad - pull[:, None] * partner
     if NORMALIZE:
-        # A row that was not a number must not turn into a zero gradient: rnorm is NaN there.
-        dz = (dz - z * tl.sum(z * dz, 1)[:, None]) * rnorm[:, None]
+        dz = _project(z, dz, rnorm)
     return dz
 
 

@@ -27,6 +27,9 @@ _IDS = "Tensor? ids_a=None, Tensor? ids_b=None, str same='keep'"
 # summed up apart. `bound` is one of |S|; where the host knows none, UNIT_ROWS or ANY_ROWS.
 SCHEMAS = {
     "normalize_pair": "(Tensor x1, Tensor x2, bool normalize) -> (Tensor, Tensor, Tensor)",
+    # -> rows of unit length, their values rounded to a dtype where one is given, and 1 / length or 0.
+    "unit_rows": "(Tensor x, ScalarType? rounded) -> (Tensor, Tensor)",
+    "unit_rows_backward": "(Tensor z, Tensor rnorm, Tensor dz, ScalarType dtype) -> Tensor",
     # -> [log-sum-exp of the rows]; columns: and of the columns; "sum": and the sum and number of a row's pairs.
     "lse_forward": (
         f"({_PAIRS}, float bound, SymInt offset, SymInt pair, *, {_IDS}, Tensor? bias=None, bool columns=False) "
@@ -140,6 +143,14 @@ def _normalize_pair_fake(x1, x2, normalize):
     return _rows_like(x1, rows, normalize), rnorm, x1.new_empty(x1.shape[0], dtype=dtype)
 
 
+def _unit_rows_fake(x, rounded):
+    return _rows_of(x), x.new_empty(x.shape[0], dtype=chunked.compute_dtype(x.dtype))
+
+
+def _unit_rows_backward_fake(z, rnorm, dz, dtype):
+    return z.new_empty(z.shape, dtype=dtype)
+
+
 def _column_count(a, b):
     return a.shape[0] if b is None else b.shape[0]
 
@@ -209,6 +220,8 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"fastcl::{_name}", globals()[f"_{_name}_fake"], lib=_library)
 
 normalize_pair = torch.ops.fastcl.normalize_pair.default
+unit_rows = torch.ops.fastcl.unit_rows.default
+unit_rows_backward = torch.ops.fastcl.unit_rows_backward.default
 lse_forward = torch.ops.fastcl.lse_forward.default
 lse_backward = torch.ops.fastcl.lse_backward.default
 pair_loss = torch.ops.fastcl.pair_loss.default

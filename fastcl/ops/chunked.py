@@ -18,7 +18,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(x: Tensor, rounded: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(x / max(||x||, EPS), 1 / ||x|| or 0 for rows shorter than EPS), in the dtype that losses calculate in."""
     z = x.to(compute_dtype(x.dtype))
     peak = torch.linalg.vector_norm(z, torch.inf, dim=1, keepdim=True)
@@ -26,7 +26,13 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     # Scaled by the largest entry, so that squares neither overflow nor vanish.
     z = z / peak
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True) * peak
-    return z.mul_(peak / norm.clamp_min(EPS)), torch.where(norm < EPS, 0.0, 1 / norm)[:, 0]
+    z.mul_(peak / norm.clamp_min(EPS))
+    return (z if rounded is None else z.to(rounded).to(z.dtype)), torch.where(norm < EPS, 0.0, 1 / norm)[:, 0]
+
+
+def unit_rows_backward(z: Tensor, rnorm: Tensor, dz: Tensor, dtype: torch.dtype) -> Tensor:
+    along = (z * dz).sum(1, keepdim=True)
+    return dz.addcmul(z, along, value=-1).mul_(rnorm[:, None]).to(dtype)
 
 
 def normalize_pair(x1: Tensor, x2: Tensor, normalize: bool):

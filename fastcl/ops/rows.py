@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 
 from .. import ops
 from ..distributed import Ranks, blocks, columns_of
-from .chunked import compute_dtype, unit_rows
+from .chunked import compute_dtype
 from .double_backward import refuse_double_backward
 from .joining import add_up, join_lse
 from .similarity import shared_weights, upstream_weights
@@ -32,9 +32,7 @@ class UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-        z, rnorm = unit_rows(x)
-        if dtype is not None:
-            z = z.to(dtype).to(z.dtype)
+        z, rnorm = ops.unit_rows(x, dtype)
         ctx.save_for_backward(z, rnorm)
         ctx.dtype, ctx.name = x.dtype, name
         return z
@@ -43,8 +41,7 @@ class UnitRows(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dz: Tensor):
         z, rnorm = ctx.saved_tensors
         with torch.no_grad():
-            along = (z * dz).sum(1, keepdim=True)
-            dx = dz.addcmul(z, along, value=-1).mul_(rnorm[:, None]).to(ctx.dtype)
+            dx = ops.unit_rows_backward(z, rnorm, dz, ctx.dtype)
         return *refuse_double_backward(ctx.name, z, (dz,), dx), None, None
 
 

@@ -12,16 +12,16 @@ ROWS_FILE = "fastcl/ops/rows.py"
 ROWS = [
     Mutant(
         "projection of rows on their own dropped",
-        ROWS_FILE,
+        "fastcl/ops/chunked.py",
         "dz.addcmul(z, along, value=-1).mul_(rnorm",
         "dz.mul(rnorm",
         LOSSES + "test_shapes[chunked-alignment-17-33-dtype1]",
     ),
     Mutant(
         "1 / length of rows on their own dropped",
-        ROWS_FILE,
-        ".mul_(rnorm[:, None]).to(ctx.dtype)",
-        ".to(ctx.dtype)",
+        "fastcl/ops/chunked.py",
+        ".mul_(rnorm[:, None]).to(dtype)",
+        ".to(dtype)",
         LOSSES + "test_shapes[chunked-alignment-17-33-dtype1]",
     ),
     Mutant(

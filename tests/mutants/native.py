@@ -82,7 +82,7 @@ MUTANTS = [
     ),
     Mutant(
         "C++: zero rows get a gradient",
-        "csrc/cpu/normalize_pair.cpp",
+        "csrc/cpu/row_norm.h",
         "kernels<T>().scale_row(x, static_cast<T>(1 / kSmallestNorm), d);\n    return 0;",
         "kernels<T>().scale_row(x, static_cast<T>(1 / kSmallestNorm), d);\n    return 1;",
         INPUTS + "test_zero_rows_get_no_gradient[default-float32]",

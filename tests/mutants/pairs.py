@@ -252,8 +252,8 @@ MEMORIES = [
     Mutant(
         "queue of this rank's keys",
         MEMORY_FILE,
-        "keys = _gathered(batch, unit_rows(keys)[0].to(self.rows.dtype))",
-        "keys = unit_rows(keys)[0].to(self.rows.dtype)",
+        "keys = _gathered(batch, ops.unit_rows(keys, None)[0].to(self.rows.dtype))",
+        "keys = ops.unit_rows(keys, None)[0].to(self.rows.dtype)",
         PAIR_RANKS + "[queue-2]",
     ),
     Mutant(
@@ -280,8 +280,8 @@ MEMORIES = [
     Mutant(
         "mixed rows not of unit length",
         MEMORY_FILE,
-        "found[last])[0].to(old.dtype)",
-        "found[last])[0].to(old.dtype) * 1.5",
+        "found[last], None)[0].to(old.dtype)",
+        "found[last], None)[0].to(old.dtype) * 1.5",
         MEMORY_TEST + "test_bank_moves_rows[dtype1-0.25]",
     ),
     Mutant(

@@ -7,6 +7,20 @@ from mutant import ROW_KERNELS, Mutant
 ENDS_FILE = "fastcl/kernels/rows.py"
 TRITON = [
     Mutant(
+        "unit rows are not rounded",
+        ENDS_FILE,
+        "z.to(ROUNDED).to(tl.float32)",
+        "z",
+        ROW_KERNELS + "test_unit_rows_are_rounded_where_that_is_asked_for[triton]",
+    ),
+    Mutant(
+        "gradients of unit rows read in the layout of the rows",
+        ENDS_FILE,
+        "dz = _load_row(p_dz, o_m, o_d, stride_m, stride_d, mask)",
+        "dz = _load_row(p_dz, o_m, o_d, d, 1, mask)",
+        ROW_KERNELS + "test_unit_rows_and_the_way_back[33-130-dtype0-triton]",
+    ),
+    Mutant(
         "projection of the normalisation backward dropped",
         ENDS_FILE,
         "(dz - z * tl.sum(z * dz, 1)[:, None]) * rnorm",
@@ -162,5 +176,19 @@ NATIVE = [
         "if (alone) value = 0;",
         "if (!in.positive_counts && value > 0 && alone) value = 0;",
         ROW_KERNELS + "test_pair_loss_of_rows_without_negatives[False-cpp]",
+    ),
+    Mutant(
+        "C++: the way back through the normalisation without the row's own direction",
+        "csrc/cpu/unit_rows.cpp",
+        "simd.dot(z + i * d, row, d)",
+        "T(0)",
+        ROW_KERNELS + "test_unit_rows_and_the_way_back[33-130-dtype0-cpp]",
+    ),
+    Mutant(
+        "C++: unit rows are not rounded",
+        "csrc/cpu/unit_rows.cpp",
+        "if (rounded == at::kHalf) round_to",
+        "if (rounded == at::kByte) round_to",
+        ROW_KERNELS + "test_unit_rows_are_rounded_where_that_is_asked_for[cpp]",
     ),
 ]

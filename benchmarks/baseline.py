@@ -42,13 +42,13 @@ def slower(now: dict, before: dict) -> bool:
 def compare(now: dict[tuple, dict], before: dict[tuple, dict]) -> tuple[str, list[tuple]]:
     """A table of what both have, and the cases that became slower."""
     lines, worse = [], []
-    for case in before:
+    for case, then in before.items():
         if case in now:
-            bad = slower(now[case], before[case])
+            bad = slower(now[case], then)
             worse += [case] if bad else []
-            quotient = now[case]["median"] / before[case]["median"]
+            quotient = now[case]["median"] / then["median"]
             kind, m, d, dtype = case
-            lines.append([kind, f"{m:,}", d, dtype, report.spread(before[case], "×"), report.spread(now[case], "×"),
+            lines.append([kind, f"{m:,}", d, dtype, report.spread(then, "×"), report.spread(now[case], "×"),
                           f"{quotient:.2f}", "SLOWER" if bad else ""])  # fmt: skip
     return report.table(["what", "M", "D", "dtype", "over ours, before", "now", "now / before", ""], lines), worse
 
@@ -69,6 +69,8 @@ def main() -> int:
     text, worse = compare(now, before)
     print(text)
     print(f"{len(worse)} of {len(set(now) & set(before))} cases are slower than the baseline")
+    if absent := len(set(before) - set(now)):
+        print(f"{absent} cases of the baseline were not measured")
     return 1 if worse else 0
 
 

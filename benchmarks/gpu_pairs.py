@@ -27,7 +27,6 @@ from benchmarks.workloads import LOSSES
 from fastcl import nt_xent
 
 DTYPES = {"bf16": torch.bfloat16}
-KERNEL = "siglip-kernel"
 MANY_QUERIES = "info_nce, queue, 4,096 queries"
 # About how many matrices of similarities plain PyTorch holds at once, and one for an allocator's gaps.
 MATRICES = 7

@@ -41,20 +41,16 @@ def spread(summary: dict | None, unit: str = "") -> str:
     return f"{summary['median']:.3g}{unit} ({summary['low']:.3g}..{summary['high']:.3g})"
 
 
-def percent(summary: dict | None) -> str:
-    """The same of a share, such as 98% (97%..101%)."""
-    if summary is None:
-        return "-"
-    return f"{summary['median']:.0%} ({summary['low']:.0%}..{summary['high']:.0%})"
-
-
 def fastest(ms: dict[str, dict], above: str, below: str) -> float:
     """The quotient of the fastest rounds of two sides."""
     return ms[above]["fastest"] / ms[below]["fastest"]
 
 
 def mebibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:,.1f}"
+    """Less than a few pages of memory is below what the resident set of a process tells."""
+    if count is None:
+        return "-"
+    return "< 0.1" if count < 0.1 * 2**20 else f"{count / 2**20:,.1f}"
 
 
 def slug(name: str) -> str:

@@ -107,15 +107,6 @@ def calls_a_round(run: Run, device: torch.device, round_ms: float = ROUND_MS) ->
     return max(1, min(MOST_CALLS, int(round_ms / max(once, 1e-3))))
 
 
-def rounds_within(seconds: float, run: Run, device: torch.device, least: int = 3, most: int = 100) -> int:
-    """Rounds of one call each that fit, found by calling: the largest sizes get few, the smallest many."""
-    once = milliseconds(run, 1, device)
-    if once < 100:
-        # The first call built caches; where it is slow they do not matter.
-        once = milliseconds(run, 1, device)
-    return max(least, min(most, int(seconds * 1e3 / once)))
-
-
 def alternate(
     sides: dict[str, Run], device: torch.device, seconds: float, least_rounds: int = 3, round_ms: float = ROUND_MS
 ) -> dict[str, list[float]]:

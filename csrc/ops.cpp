@@ -26,7 +26,7 @@ TORCH_LIBRARY(fastcl, m) {
       ", Tensor? bias=None, Tensor? pull_a=None, Tensor? pull_b=None, bool columns=False) "
       "-> Tensor[]");
   m.def(
-      "pair_loss(Tensor lse, Tensor pos, Tensor scale, float weight, float? pull, "
+      "pair_loss(Tensor pos, Tensor lse, Tensor scale, float weight, float? pull, "
       "bool positive_counts, SymInt? divisor, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   m.def(
       "pair_backward(Tensor z, Tensor rnorm, Tensor grad_lse, Tensor pos, Tensor share, "

@@ -116,7 +116,7 @@ def positives(z: Tensor) -> Tensor:
 
 
 def pair_loss(
-    lse: Tensor, pos: Tensor, scale: Tensor | float, weight: float, pull: float | None, positive_counts: bool
+    pos: Tensor, lse: Tensor, scale: Tensor | float, weight: float, pull: float | None, positive_counts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each of the M rows its loss weight * L_i - pull * <z_i, z_p(i)>, L_i and the share of its negatives, from
     the log-sum-exp of the negatives and the N positives. Without `pull` it is weight * scale; without

@@ -138,9 +138,9 @@ def row_cases():
     for d in (128, 4096):
         block_m, block_d = launch.row_block(d)
         for dtype, z in (("fp16", "fp16"), ("bf16", "fp16"), ("fp32", "fp32")):
-            constants = {"NORMALIZE": True, "BLOCK_M": block_m, "BLOCK_D": block_d}
+            constants = {"NORMALIZE": True, "PULLED": True, "BLOCK_M": block_m, "BLOCK_D": block_d}
             types = {n: f"*{dtype}" for n in ("p_x1", "p_x2", "p_dx1", "p_dx2")} | {"p_z": f"*{z}"}
-            types |= dict.fromkeys(("p_share", "p_slope"), "*fp64")
+            types |= dict.fromkeys(("p_share", "p_slope"), "*fp64") | dict.fromkeys(("weight", "pull"), "fp64")
             for kernel in (normalize_pair_kernel, pair_backward_kernel):
                 name = kernel.fn.__name__.removesuffix("_kernel")
                 label = {"kernel": name, "dtype": dtype, "d": f"<= {d}", "tile": f"{block_m}x{block_d}"}
@@ -155,8 +155,9 @@ def row_cases():
             yield label | {"warps": 8, "stages": 1}, kernel, types, constants, options, False
     for kernel in (row_weight_kernel, lse_combine_kernel, pair_loss_kernel, sum_kernel):
         constants = {"BLOCK_M": 128, "BLOCK": 1024, "WEIGHT_BITS": 14, "ONLINE_MAX": True, "CHECK_RANGE": True}
-        constants |= {"POSITIVE_COUNTS": True, "SUM": True, "p_w": None, "p_norms": None}
+        constants |= {"POSITIVE_COUNTS": True, "PULLED": True, "SUM": True, "p_w": None, "p_norms": None}
         types = dict.fromkeys(("p_lse", "p_loss", "p_whole", "p_share", "p_x"), "*fp64")
+        types |= dict.fromkeys(("weight", "pull"), "fp64")
         name, tile = kernel.fn.__name__.removesuffix("_kernel"), "1024" if kernel is sum_kernel else "128"
         label = {"kernel": name, "dtype": "fp32", "d": "-", "tile": tile, "warps": 4, "stages": 1}
         yield label, kernel, types, constants, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}, False

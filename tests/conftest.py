@@ -38,7 +38,6 @@ def no_kernel(monkeypatch):
     """Anything that reaches the computation fails the test."""
     # Not above: the kernels are decorated for the interpreter or for a GPU.
     import fastcl.ops
-    from fastcl import memory
     from fastcl.losses import alignment, draws
     from fastcl.ops import pairs, rows, sampled, similarity, softplus, sorting
 
@@ -52,6 +51,5 @@ def no_kernel(monkeypatch):
     for function in (*functions, sorting.SegmentedSort, sorting.SlicedWasserstein):
         monkeypatch.setattr(function, "apply", reached)
     monkeypatch.setattr(alignment, "_with_lengths", reached)
-    monkeypatch.setattr(memory, "unit_rows", reached)
     for name in ("prior_samples", "orthogonal_projections"):
         monkeypatch.setattr(draws, name, reached)

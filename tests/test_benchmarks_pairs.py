@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 BOTH = "forward + backward"
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 M, D = 48, 6
-QUERIES = workloads.QUERIES
+QUERIES, KERNEL = workloads.QUERIES, "siglip-kernel"
 NO_MATRIX = {peer.name for peer in peers.PEERS if peer.no_matrix}
 # CLIP's first scale for rows of about this length, and the labels of eight rows each.
 SCALE, LABELS = 1 / 0.07 / D, torch.arange(M) % (M // 8)
@@ -124,7 +124,7 @@ def test_table_of_losses(tmp_path, monkeypatch, capsys):
     assert lines[0][3] == "MiB, M = 1,024, D = 8"
     assert [line[0] for line in lines[2:]] == [text[0] for text in loss_table.LOSSES.values()]
     for kind, line in zip(loss_table.LOSSES, lines[2:], strict=True):
-        assert float(line[3]) >= 0
+        assert line[3] == "< 0.1" or float(line[3]) > 0
         assert (line[4] == "-") == ("eager" not in workloads.WORKLOADS[kind].sides)
     for wrong in ("512", "1026"):
         with pytest.raises(SystemExit) as stop:
@@ -181,7 +181,7 @@ def test_products_by_hand():
     assert workloads.LOSSES["nt_xent"].least_bytes(100, 10, 4) == 2 * 100 * 10 * 4
     assert workloads.LOSSES["info_nce, queue"].least_bytes(100, 10, 4) == (3 * QUERIES + 100) * 10 * 4
     assert gpu_pairs.bytes_needed(gpu_pairs.Case("clip_loss", 100, 10)) == gpu_pairs.MATRICES * 2 * 100 * 100
-    assert gpu_pairs.bytes_needed(gpu_pairs.Case("siglip_loss", 100, 10, gpu_pairs.KERNEL)) == 0
+    assert gpu_pairs.bytes_needed(gpu_pairs.Case("siglip_loss", 100, 10, KERNEL)) == 0
 
 
 @pytest.mark.parametrize("kind", list(gpu_pairs.WORK))
@@ -223,14 +223,14 @@ def test_siglip_kernel_gets_the_logarithm_of_the_scale(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "siglip_kernel", SimpleNamespace(fused_siglip_loss=fused))
     work = gpu_pairs.WORK["siglip_loss"]
-    sides = work.sides | {gpu_pairs.KERNEL: gradient_of(peers._siglip_kernel())}
+    sides = work.sides | {KERNEL: gradient_of(peers._siglip_kernel())}
     monkeypatch.setitem(gpu_pairs.WORK, "siglip_loss", replace(work, sides=sides))
-    case = gpu_pairs.Case("siglip_loss", 64, 8, gpu_pairs.KERNEL)
+    case = gpu_pairs.Case("siglip_loss", 64, 8, KERNEL)
     record = gpu_pairs.run_case(case, CPU, 0.0)
-    assert record["sides"][gpu_pairs.KERNEL]["error_vs_fp64"]["loss"] < 0.02
+    assert record["sides"][KERNEL]["error_vs_fp64"]["loss"] < 0.02
     inputs = work.inputs(64, 8, torch.float32, CPU)[0]
     found = gpu_pairs.errors(case, gpu_pairs.calls(case), inputs)
-    assert set(found) == {"fastcl", gpu_pairs.KERNEL} and found[gpu_pairs.KERNEL]["gradient"] < 1e-5
+    assert set(found) == {"fastcl", KERNEL} and found[KERNEL]["gradient"] < 1e-5
 
 
 def test_gpu_case_that_fails_costs_its_side_alone(tmp_path, monkeypatch):

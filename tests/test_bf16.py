@@ -105,12 +105,12 @@ def test_poison_is_not_lost(scale, poison):
     """It reaches what it reaches in float32: sums of its row and of all columns, and gradients."""
     a, b, s = unit(90, 7).bfloat16(), positive(83, 7), number(scale, torch.float32)
     a[7, 3] = poison
-    lse = OP.lse_forward(a, b, s, -1.0, 83, 0, columns=True)
-    expected = OP.lse_forward(a.float(), b.float(), s, -1.0, 83, 0, columns=True)
+    lse = OP.lse_forward(a, b, s, ops.UNIT_ROWS, 83, 0, columns=True)
+    expected = OP.lse_forward(a.float(), b.float(), s, ops.UNIT_ROWS, 83, 0, columns=True)
     for got, other in zip(lse, expected, strict=True):
         assert torch.equal(got.isfinite(), other.isfinite()) and torch.equal(got.isnan(), other.isnan())
-    grads = OP.lse_backward(a, b, s, -1.0, 83, 0, *lse, None, None, columns=True)
-    expected = OP.lse_backward(a.float(), b.float(), s, -1.0, 83, 0, *lse, None, None, columns=True)
+    grads = OP.lse_backward(a, b, s, ops.UNIT_ROWS, 83, 0, *lse, None, None, columns=True)
+    expected = OP.lse_backward(a.float(), b.float(), s, ops.UNIT_ROWS, 83, 0, *lse, None, None, columns=True)
     assert any(g.isnan().any() for g in grads)
     for got, other in zip(grads, expected, strict=True):
         assert torch.equal(got.isfinite(), other.isfinite())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -30,8 +32,8 @@ def samples(dtype=torch.float32, normalize=True):
     yield ops.lse_backward, (z[4:], z, scale, -1.0, 4, 7, lse[4:], None, None, None)
     yield from pair_samples(z, scale, lse, w)
     share, grad_out = torch.rand(18, dtype=torch.float64), torch.ones_like(scale)
-    yield ops.pair_loss, (lse, pos, scale, 1.0, None, normalize, 18, scale.dtype)
-    yield ops.pair_loss, (lse, pos, scale, 0.5, 1.0, True, None, torch.float64)
+    yield ops.pair_loss, (pos, lse, scale, 1.0, None, normalize, 18, scale.dtype)
+    yield ops.pair_loss, (pos, lse, scale, 0.5, 1.0, True, None, torch.float64)
     yield ops.pair_backward, (z, rnorm, grad, pos, share, scale, grad_out, None, 1.0, None, 18, dtype)
     yield ops.pair_backward, (z, rnorm, grad, pos, share, scale, grad_out, w, 0.5, 1.0, 1, dtype)
     yield ops.segmented_sort, (x1, normalize)
@@ -132,7 +134,25 @@ def test_interface_of_empty_ranks():
     (lse,) = ops.lse_forward(z, columns, scale, 3.0, 2, 0)
     (columns_lse,) = ops.lse_forward(columns, None, scale, 3.0, 0, 3)
     (grad,) = ops.lse_backward(z, columns, scale, 3.0, 2, 0, lse, columns_lse, None, None)
-    loss, whole, share = ops.pair_loss(lse, pos, scale, 1.0, None, True, 6, torch.float32)
+    loss, whole, share = ops.pair_loss(pos, lse, scale, 1.0, None, True, 6, torch.float32)
     assert loss == 0 and lse.shape == whole.shape == share.shape == (0,)
     dx1, dx2, slope = ops.pair_backward(z, rnorm, grad, pos, share, scale, scale, None, 1.0, None, 6, torch.float32)
     assert grad.shape == dx1.shape == dx2.shape == (0, 5) and slope.shape == (0,)
+
+
+@pytest.mark.skipif(not ops.TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matrix_ops_on_cuda_are_triton_but_in_float64(dtype, monkeypatch):
+    """Whatever the first tensor of the op is: here on the CPU, where the kernels are replaced by names."""
+    from fastcl.kernels import host
+
+    called = []
+    for name in set(ops.SCHEMAS) - set(ops.SORTS):
+        monkeypatch.setattr(host, name, lambda *args, _name=name, **options: called.append(_name))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for op, args, *options in samples(dtype):
+        name = op.name().split("::")[1]
+        if name not in ops.SORTS:
+            called.clear()
+            ops._on_cuda(name)(*args, **(options[0] if options else {}))
+            assert called == ([name] if dtype == torch.float32 else []), name

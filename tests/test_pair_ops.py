@@ -315,12 +315,12 @@ def test_stats(ops, r, c, d, scale, dtype):
 def everything(ops, a, b, scale, ids):
     s = number(scale, a.dtype)
     beta, c = a[:, 0].contiguous(), len(b)
-    lse = ops.lse_forward(a, b, s, -1.0, c, 0, columns=True)
-    own = ops.lse_forward(a, None, s, -1.0, 0, 0, ids_a=ids, same="sum")
+    lse = ops.lse_forward(a, b, s, ANY_ROWS, c, 0, columns=True)
+    own = ops.lse_forward(a, None, s, ANY_ROWS, 0, 0, ids_a=ids, same="sum")
     yield from (*lse, *own)
-    yield from ops.lse_backward(a, b, s, -1.0, c, 0, *lse, None, None, columns=True)
-    yield from ops.lse_backward(a, b, s, -1.0, c, 0, *lse, None, None)
-    yield from ops.lse_backward(a, None, s, -1.0, 0, 0, own[0], None, None, None, ids_a=ids, same="sum", pull_a=beta)
+    yield from ops.lse_backward(a, b, s, ANY_ROWS, c, 0, *lse, None, None, columns=True)
+    yield from ops.lse_backward(a, b, s, ANY_ROWS, c, 0, *lse, None, None)
+    yield from ops.lse_backward(a, None, s, ANY_ROWS, 0, 0, own[0], None, None, None, ids_a=ids, same="sum", pull_a=beta)
     yield from ops.softplus_forward(a, None, s, beta, -1.0, 0)
     yield from ops.softplus_both(a, b, s, beta, 1.0, c)
     yield ops.softplus_backward(a, None, s, 1.0, 0, beta, None, None, None)
@@ -351,7 +351,7 @@ def test_nan_is_not_lost(ops, scale, dtype):
     a[7, 3] = torch.nan
     for x in everything(ops, a, b, scale, ids):
         assert x.dtype == torch.int64 or x.isnan().any()
-    lse = ops.lse_forward(a, b, number(scale, dtype), -1.0, 80, 0, columns=True)
+    lse = ops.lse_forward(a, b, number(scale, dtype), ANY_ROWS, 80, 0, columns=True)
     assert lse[1].isnan().all() and lse[0].isnan().sum() == 1
 
 

@@ -85,8 +85,8 @@ def numbers(n, device):
 def test_pair_loss(n, positive_counts, weight, pull, module, device):
     """Rows and their sum, against the twin; several programs, several turns of the one that adds up."""
     lse, pos, scale = numbers(n, device)
-    exact = reference.pair_loss(lse, pos.double(), scale.double(), weight, pull, positive_counts)
-    shared = (lse, pos, scale, weight, pull, positive_counts)
+    exact = reference.pair_loss(pos.double(), lse, scale.double(), weight, pull, positive_counts)
+    shared = (pos, lse, scale, weight, pull, positive_counts)
     rows, whole, share = module.pair_loss(*shared, None, torch.float64)
     for got, x in zip((rows, whole, share), exact, strict=True):
         # A few roundings of float64, of each row alone: down to exp(-90). The last digits of a loss are of both terms.
@@ -103,8 +103,8 @@ def test_sum_of_many_programs(monkeypatch):
     """More of them than the one that adds up takes in a turn."""
     monkeypatch.setattr(host, "SUM_BLOCK", 16)
     lse, pos, scale = numbers(3000, DEVICE)
-    exact, *_ = reference.pair_loss(lse, pos.double(), scale.double(), 1.0, None, True)
-    total, *_ = host.pair_loss(lse, pos, scale, 1.0, None, True, 7, torch.float64)
+    exact, *_ = reference.pair_loss(pos.double(), lse, scale.double(), 1.0, None, True)
+    total, *_ = host.pair_loss(pos, lse, scale, 1.0, None, True, 7, torch.float64)
     assert abs(total - exact.sum() / 7) <= 1e-14 * exact.sum()  # float64, rounded a few times
 
 
@@ -114,10 +114,10 @@ def test_pair_loss_of_rows_without_negatives(positive_counts, module, device):
     """Loss 0 and share 0, to the bit; what is not a number stays so, and so does the sum."""
     lse, pos, scale = numbers(3, device)
     lse[1], lse[4] = -math.inf, math.nan
-    rows, whole, share = module.pair_loss(lse, pos, scale, 1.0, None, positive_counts, None, torch.float32)
+    rows, whole, share = module.pair_loss(pos, lse, scale, 1.0, None, positive_counts, None, torch.float32)
     assert rows[1] == 0 and share[1] == 0 and whole[1] == (8 * pos[1].double() if positive_counts else -math.inf)
     assert [x.isnan().nonzero().tolist() for x in (rows, whole)] == [[[4]]] * 2
-    assert module.pair_loss(lse, pos, scale, 1.0, None, positive_counts, 6, torch.float32)[0].isnan()
+    assert module.pair_loss(pos, lse, scale, 1.0, None, positive_counts, 6, torch.float32)[0].isnan()
 
 
 @EVERY
@@ -192,7 +192,7 @@ def test_unit_rows_are_rounded_where_that_is_asked_for(module, device):
 
 
 @EVERY
-@pytest.mark.parametrize("length", [0.0, 1e-14, 1e-30, 1e30])
+@pytest.mark.parametrize("length", [0.0, 1e-14, 1e-30, 1e30, 3e38])
 def test_unit_rows_of_any_length(length, module, device):
     x = torch.ones(3, 7, device=device) * length
     x[1] = torch.arange(7, device=device)
@@ -220,3 +220,11 @@ def test_no_rows(module, device):
     z, rnorm = module.unit_rows(torch.empty(0, 5, device=device), None)
     assert z.shape == (0, 5) and rnorm.shape == (0,)
     assert module.unit_rows_backward(z, rnorm, z, torch.float32).shape == (0, 5)
+
+
+@pytest.mark.parametrize("name", ["pair_loss", "pair_backward"])
+def test_weights_reach_the_kernels_in_fp64(name):
+    """Unannotated, a Python number is fp32 on a GPU, and weight * scale - pull no longer 0 where it should be. The
+    interpreter keeps all digits of either."""
+    kernel = getattr(host, f"{name}_kernel")
+    assert {kernel.fn.__annotations__[key] for key in ("weight", "pull")} == {"fp64"}

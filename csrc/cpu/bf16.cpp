@@ -31,9 +31,8 @@ using at::BFloat16;
 void pack_transposed(const BFloat16* x, int64_t ld, int64_t n, int64_t d, BFloat16* out) {
   for (int64_t first = 0; first < n; first += Bf16Panels::kWidth) {
     const int64_t cols = std::min(Bf16Panels::kWidth, n - first);
-    const int64_t width = round_up(cols, Bf16Panels::kPad);
-    for (int64_t k = 0; k < d; k += 2, out += 2 * width) {
-      std::fill_n(out + 2 * cols, 2 * (width - cols), BFloat16(0));
+    for (int64_t k = 0; k < d; k += 2, out += 2 * Bf16Panels::kWidth) {
+      std::fill_n(out + 2 * cols, 2 * (Bf16Panels::kWidth - cols), BFloat16(0));
       for (int64_t c = 0; c < cols; ++c) {
         const BFloat16* const pair = x + (first + c) * ld + k;
         out[2 * c] = pair[0];
@@ -43,16 +42,16 @@ void pack_transposed(const BFloat16* x, int64_t ld, int64_t n, int64_t d, BFloat
   }
 }
 
-// x [n, d], pairs of rows interleaved.
+// x [n, d], pairs of rows interleaved, rows of zeros up to a multiple of kSummands.
 void pack_plain(const BFloat16* x, int64_t ld, int64_t n, int64_t d, BFloat16* out) {
-  const std::vector<BFloat16> zeros(n % 2 == 0 ? 0 : d, BFloat16(0));
+  const int64_t padded = round_up(n, kSummands);
+  const std::vector<BFloat16> zeros(padded == n ? 0 : d, BFloat16(0));
   for (int64_t first = 0; first < d; first += Bf16Panels::kWidth) {
     const int64_t cols = std::min(Bf16Panels::kWidth, d - first);
-    const int64_t width = round_up(cols, Bf16Panels::kPad);
-    for (int64_t k = 0; k < n; k += 2, out += 2 * width) {
-      const BFloat16* const even = x + k * ld + first;
-      const BFloat16* const odd = k + 1 < n ? even + ld : zeros.data() + first;
-      std::fill_n(out + 2 * cols, 2 * (width - cols), BFloat16(0));
+    for (int64_t k = 0; k < padded; k += 2, out += 2 * Bf16Panels::kWidth) {
+      const BFloat16* const even = (k < n ? x + k * ld : zeros.data()) + first;
+      const BFloat16* const odd = (k + 1 < n ? x + (k + 1) * ld : zeros.data()) + first;
+      std::fill_n(out + 2 * cols, 2 * (Bf16Panels::kWidth - cols), BFloat16(0));
       for (int64_t c = 0; c < cols; ++c) {
         out[2 * c] = even[c];
         out[2 * c + 1] = odd[c];
@@ -147,7 +146,7 @@ FASTCL_BF16 inline __m512i rounded(const float* x, int64_t n) {
 
 }  // namespace
 
-int64_t Bf16Panels::elements(int64_t k, int64_t n) { return round_up(k, 2) * round_up(n, kPad); }
+int64_t Bf16Panels::elements(int64_t k, int64_t n) { return k * round_up(n, kWidth); }
 
 bool bf16_supported() {
 #ifdef FASTCL_BF16
@@ -162,21 +161,27 @@ bool bf16_products() { return bf16_supported() && at::globalContext().userEnable
 
 #ifdef FASTCL_BF16
 
+// The largest power of two up to `left`, 64 at most.
+static int64_t piece(int64_t left) {
+  int64_t size = Bf16Panels::kWidth;
+  while (size > left) size /= 2;
+  return size;
+}
+
 void bf16_product(const BFloat16* a, int64_t m, int64_t lda, const Bf16Panels& b, float* c,
                   int64_t ldc, bool add) {
-  // oneDNN compiles a kernel per shape and thread, and keeps it: few heights, whatever m is.
-  constexpr int64_t kHeight = 64;
-  const int64_t k = round_up(b.k, 2);
-  if (k == 0) {
+  constexpr int64_t kWidth = Bf16Panels::kWidth;
+  if (b.k == 0) {
     for (int64_t r = 0; r < m && !add; ++r) std::fill_n(c + r * ldc, b.n, 0.f);
     return;
   }
-  for (int64_t r = 0; r < m; r += kHeight) {
-    for (int64_t p = 0; p < b.n; p += Bf16Panels::kWidth) {
-      const int64_t cols = std::min(Bf16Panels::kWidth, b.n - p);
-      at::native::cpublas::brgemm(std::min(kHeight, m - r), cols, k, lda,
-                                  round_up(cols, Bf16Panels::kPad), ldc, add, a + r * lda,
-                                  b.data + p * k, c + r * ldc + p, true);
+  for (int64_t r = 0, rows; r < m; r += rows) {
+    rows = piece(m - r);
+    for (int64_t n = 0, cols; n < b.n; n += cols) {
+      cols = piece(b.n - n);
+      const BFloat16* const panel = b.data + n / kWidth * kWidth * b.k + n % kWidth * 2;
+      at::native::cpublas::brgemm(rows, cols, b.k, lda, kWidth, ldc, add, a + r * lda, panel,
+                                  c + r * ldc + n, true);
     }
   }
 }
@@ -198,6 +203,14 @@ Bf16Rows::Bf16Rows(const at::Tensor& x, int64_t block)
   rows_.narrow(1, d_, 1).zero_();
 }
 
+Bf16Panels Bf16Rows::columns(int64_t b) const {
+  return {panels(columns_, b), round_up(d_, 2), size(b)};
+}
+
+Bf16Panels Bf16Rows::summands(int64_t b) const {
+  return {panels(summands_, b), round_up(size(b), kSummands), d_};
+}
+
 int64_t Bf16Rows::size(int64_t b) const {
   return std::min(block_, rows_.size(0) - b * block_);
 }
@@ -215,13 +228,13 @@ at::Tensor Bf16Rows::pack(int64_t elements, const Pack& pack) const {
 }
 
 void Bf16Rows::pack_columns() {
-  columns_ = pack(Bf16Panels::elements(d_, block_), [&](int64_t b, BFloat16* out) {
+  columns_ = pack(Bf16Panels::elements(round_up(d_, 2), block_), [&](int64_t b, BFloat16* out) {
     pack_transposed(rows(b), ld(), size(b), d_, out);
   });
 }
 
 void Bf16Rows::pack_summands() {
-  summands_ = pack(Bf16Panels::elements(block_, d_), [&](int64_t b, BFloat16* out) {
+  summands_ = pack(Bf16Panels::elements(round_up(block_, kSummands), d_), [&](int64_t b, BFloat16* out) {
     pack_plain(rows(b), ld(), size(b), d_, out);
   });
 }

@@ -18,10 +18,9 @@ bool bf16_supported();
 bool bf16_products();
 
 // A matrix [k, n] as the second operand: panels of 64 columns, pairs of rows interleaved in each,
-// [k / 2, width, 2]. The last panel is padded with zeros to a multiple of 16, an odd k by a row.
+// [k / 2, 64, 2], padded with zeros. k is even.
 struct Bf16Panels {
   static constexpr int64_t kWidth = 64;
-  static constexpr int64_t kPad = 16;
 
   const at::BFloat16* data;
   int64_t k, n;
@@ -29,7 +28,11 @@ struct Bf16Panels {
   static int64_t elements(int64_t k, int64_t n);
 };
 
-// c [m, n] (+)= a [m, k] b; a has a readable column more, of zeros, where k is odd.
+// Numbers of summed rows are padded with zeros to a multiple of this: see bf16_product.
+constexpr int64_t kSummands = 32;
+
+// c [m, n] (+)= a [m, k] b. oneDNN compiles a kernel for every shape and thread, and keeps it: the
+// product is cut into shapes of few kinds, so that batches of all sizes share them.
 void bf16_product(const at::BFloat16* a, int64_t m, int64_t lda, const Bf16Panels& b, float* c,
                   int64_t ldc, bool add);
 
@@ -51,9 +54,9 @@ class Bf16Rows {
   }
   int64_t ld() const { return rows_.size(1); }
   // Block b transposed as the second operand: of the similarities.
-  Bf16Panels columns(int64_t b) const { return {panels(columns_, b), d_, size(b)}; }
+  Bf16Panels columns(int64_t b) const;
   // Block b itself as the second operand: its rows are summed up with weights.
-  Bf16Panels summands(int64_t b) const { return {panels(summands_, b), size(b), d_}; }
+  Bf16Panels summands(int64_t b) const;
 
  private:
   int64_t size(int64_t b) const;

@@ -68,7 +68,7 @@ void run(const Inputs& in, const T* pos, std::optional<int64_t> divisor, Out* lo
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pair_loss(
-    const at::Tensor& lse, const at::Tensor& pos, const at::Tensor& scale, double weight,
+    const at::Tensor& pos, const at::Tensor& lse, const at::Tensor& scale, double weight,
     std::optional<double> pull, bool positive_counts, std::optional<int64_t> divisor,
     at::ScalarType dtype) {
   constexpr const char* kOp = "pair_loss";

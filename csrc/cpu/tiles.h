@@ -96,10 +96,11 @@ template <typename T>
 class TileScratch {
  public:
   TileScratch(const at::Tensor& like, int64_t max_rows, int64_t max_cols)
-      : ld_(round_up(max_cols, kPadLanes)), buffer_(empty_like_rows(like, {max_rows, ld_})) {
+      : ld_(round_up(max_cols, like.scalar_type() == at::kBFloat16 ? Bf16Panels::kWidth : kPadLanes)),
+        buffer_(empty_like_rows(like, {max_rows, ld_})) {
     if (like.scalar_type() != at::kBFloat16) return;
     bf16_.emplace();
-    const int64_t wide = std::max(round_up(max_rows, 32), round_up(max_cols, 32));
+    const int64_t wide = round_up(std::max(max_rows, max_cols), kSummands);
     bf16_->weights = at::Tensor(
         at::detail::empty_cpu({std::max(max_rows, max_cols), wide}, like.options()));
   }
@@ -152,7 +153,7 @@ class TileScratch {
     if constexpr (std::is_same_v<T, float>) {
       at::BFloat16* const w = bf16_->weights.template data_ptr<at::BFloat16>();
       const int64_t m = transposed ? tile_.cols : tile_.rows;
-      const int64_t ld = round_up(transposed ? tile_.rows : tile_.cols, 32);
+      const int64_t ld = round_up(transposed ? tile_.rows : tile_.cols, kSummands);
       transposed ? bf16_tile_transposed(tile_, w, ld) : bf16_tile(tile_, w, ld);
       bf16_product(w, m, ld, rows, out, rows.n, add);
     }

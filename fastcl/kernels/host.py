@@ -103,15 +103,15 @@ def unit_rows_backward(z, rnorm, dz, dtype):
     return dx
 
 
-def pair_loss(lse, pos, scale, weight: float, pull: float | None, positive_counts: bool, divisor, dtype):
+def pair_loss(pos, lse, scale, weight: float, pull: float | None, positive_counts: bool, divisor, dtype):
     rows, programs = lse.shape[0], triton.cdiv(lse.shape[0], VECTOR_BLOCK)
     loss = pos.new_empty(rows if divisor is None else (), dtype=dtype)
     whole, share = (pos.new_empty(rows, dtype=torch.float64) for _ in range(2))
     found = loss if divisor is None else pos.new_empty(programs, dtype=torch.float64)
     if rows:
         pair_loss_kernel[(programs,)](
-            vector(lse), vector(pos), scale, found, whole, share, rows // 2, weight, pull,
-            POSITIVE_COUNTS=positive_counts, SUM=divisor is not None, BLOCK_M=VECTOR_BLOCK, **VECTOR_OPTIONS,
+            vector(lse), vector(pos), scale, found, whole, share, rows // 2, weight, pull or 0.0,
+            PULLED=pull is not None, POSITIVE_COUNTS=positive_counts, SUM=divisor is not None, BLOCK_M=VECTOR_BLOCK, **VECTOR_OPTIONS,
         )  # fmt: skip
     if divisor is not None:
         sum_kernel[(1,)](found, loss, programs, divisor, BLOCK=SUM_BLOCK, **VECTOR_OPTIONS)
@@ -126,8 +126,8 @@ def pair_backward(z, rnorm, grad_lse, pos, share, scale, grad, w, weight: float,
         block_m, block_d = launch.row_block(d)
         pair_backward_kernel[(triton.cdiv(n, block_m),)](
             z, rnorm, grad_lse, vector(pos), vector(share), scale, grad, vector(w), dx1, dx2, slope, n, d,
-            z.stride(0), divisor, weight, pull,
-            NORMALIZE=rnorm.numel() > 0, BLOCK_M=block_m, BLOCK_D=block_d, **ROW_OPTIONS,
+            z.stride(0), divisor, weight, pull or 0.0,
+            PULLED=pull is not None, NORMALIZE=rnorm.numel() > 0, BLOCK_M=block_m, BLOCK_D=block_d, **ROW_OPTIONS,
         )  # fmt: skip
     return dx1, dx2, slope
 

@@ -18,13 +18,15 @@ def _load_row(p_x, o_m, o_d, stride_m, stride_d, mask):
 
 @triton.jit
 def _unit(x):
-    """(x / max(||x||, EPS), 1 / ||x|| or 0). Scaled by the largest entry: its square may not be a number."""
+    """(x / max(||x||, EPS), 1 / ||x|| or 0). Scaled by the largest entry: its square, and the length too, may not be a
+    number."""
     peak = tl.max(tl.abs(x), 1)
     peak = tl.where(peak > 0, peak, 1.0)
     y = x / peak[:, None]
-    norm = tl.sqrt_rn(tl.sum(y * y, 1)) * peak
-    unit = x / tl.maximum(norm, EPS, propagate_nan=tl.PropagateNan.ALL)[:, None]
-    return unit, tl.where(norm < EPS, 0.0, 1.0 / norm)
+    norm = tl.sqrt_rn(tl.sum(y * y, 1))
+    short = norm * peak < EPS
+    unit = tl.where(short[:, None], x / EPS, y / norm[:, None])
+    return unit, tl.where(short, 0.0, 1.0 / norm / peak)
 
 
 @triton.jit
@@ -135,8 +137,10 @@ def pair_loss_kernel(
     p_whole,  # [2n] fp64: log-sum-exp of all that the row's sum counts
     p_share,  # [2n] fp64: of the negatives in it
     n,
-    weight,  # of the log-sum-exp
-    pull,  # of the positive, or None: weight * scale
+    # Python's numbers, all of them: in fp32 the rest below would not be 0.
+    weight: "fp64",  # of the log-sum-exp
+    pull: "fp64",  # of the positive, with PULLED; else that is weight * scale
+    PULLED: tl.constexpr,
     POSITIVE_COUNTS: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -156,7 +160,7 @@ def pair_loss_kernel(
         share = tl.where(x == float("-inf"), 0.0, 1.0).to(tl.float64)
         loss = tl.where(x == float("-inf"), 0.0, x)
     loss *= weight
-    if pull is not None:
+    if PULLED:
         # In fp64: it is 0 where the loss is a multiple of NT-Xent.
         loss -= (pull - weight * scale) * pos
     tl.store(p_whole + o_m, whole, mask=m_row)
@@ -218,8 +222,9 @@ def pair_backward_kernel(
     d,
     stride_z,
     divisor,
-    weight,
-    pull,
+    weight: "fp64",  # as above
+    pull: "fp64",
+    PULLED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -231,11 +236,11 @@ def pair_backward_kernel(
     grad = tl.load(p_grad).to(tl.float64) / divisor
     factor = tl.load(p_scale).to(tl.float64) * weight
     rest = factor * 0.0
-    if pull is not None:
+    if PULLED:
         rest = pull - factor
     pull1, upstream1, share1 = _pull(p_share, p_w, o_m, m_row, grad, factor, rest)
     pull2, upstream2, share2 = _pull(p_share, p_w, n + o_m, m_row, grad, factor, rest)
-    if pull is not None:
+    if PULLED:
         # The positive itself does not depend on the scale.
         share1 -= 1.0
         share2 -= 1.0

@@ -44,7 +44,7 @@ SCHEMAS = {
     # -> the rows' losses [2n], or their sum over the divisor; log-sum-exp of all that a row's sum counts; and in it the
     # share of the negatives.
     "pair_loss": (
-        "(Tensor lse, Tensor pos, Tensor scale, float weight, float? pull, bool positive_counts, SymInt? divisor, "
+        "(Tensor pos, Tensor lse, Tensor scale, float weight, float? pull, bool positive_counts, SymInt? divisor, "
         "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
     ),
     # -> gradients of both views, and of each row in the gradient of the scale.
@@ -90,8 +90,8 @@ def backends(name: str) -> dict[str, str]:
 
 
 def _triton_serves(x: torch.Tensor) -> bool:
-    """Every floating type but float64, and rows that fit the row-local kernels."""
-    return TRITON and x.dtype != torch.float64 and x.shape[1] <= WIDEST
+    """Every floating type but float64, and rows that fit the row-local kernels; of numbers a row, any number."""
+    return TRITON and x.dtype != torch.float64 and (x.dim() < 2 or x.shape[1] <= WIDEST)
 
 
 def product_dtype(x: torch.Tensor, unit: bool) -> torch.dtype:
@@ -106,7 +106,7 @@ def product_dtype(x: torch.Tensor, unit: bool) -> torch.dtype:
 
 
 def _on_cuda(name: str):
-    """The CUDA implementation of an op."""
+    """The CUDA implementation of an op: the first tensor says which."""
     fallback, sorts = getattr(chunked, name), name in SORTS
     if not (_native.CUDA if sorts else TRITON):
         return fallback
@@ -190,7 +190,7 @@ def _similarity_stats_fake(a, b, scale, offset, pair):
     return tuple(_numbers(a, a.shape[0]) for _ in range(3))
 
 
-def _pair_loss_fake(lse, pos, scale, weight, pull, positive_counts, divisor, dtype):
+def _pair_loss_fake(pos, lse, scale, weight, pull, positive_counts, divisor, dtype):
     rows = lse.shape[0]
     loss = pos.new_empty(rows if divisor is None else (), dtype=dtype)
     return loss, _numbers(pos, rows), _numbers(pos, rows)

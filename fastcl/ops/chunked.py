@@ -23,11 +23,12 @@ def unit_rows(x: Tensor, rounded: torch.dtype | None = None) -> tuple[Tensor, Te
     z = x.to(compute_dtype(x.dtype))
     peak = torch.linalg.vector_norm(z, torch.inf, dim=1, keepdim=True)
     peak = torch.where(peak == 0, 1.0, peak)
-    # Scaled by the largest entry, so that squares neither overflow nor vanish.
+    # Scaled by the largest entry, so that squares neither overflow nor vanish, nor the length itself overflows.
     z = z / peak
-    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True) * peak
-    z.mul_(peak / norm.clamp_min(EPS))
-    return (z if rounded is None else z.to(rounded).to(z.dtype)), torch.where(norm < EPS, 0.0, 1 / norm)[:, 0]
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    short = norm * peak < EPS
+    z.mul_(torch.where(short, peak / EPS, 1 / norm))
+    return (z if rounded is None else z.to(rounded).to(z.dtype)), torch.where(short, 0.0, 1 / norm / peak)[:, 0]
 
 
 def unit_rows_backward(z: Tensor, rnorm: Tensor, dz: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,7 +267,7 @@ def _rest(scale: Tensor, weight: float, pull: float | None) -> Tensor | float:
 
 
 def pair_loss(
-    lse: Tensor, pos: Tensor, scale: Tensor, weight: float, pull: float | None, positive_counts: bool,
+    pos: Tensor, lse: Tensor, scale: Tensor, weight: float, pull: float | None, positive_counts: bool,
     divisor: int | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     # One number a row: float64 is free, and nothing rounds what the kernels computed.

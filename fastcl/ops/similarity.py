@@ -61,7 +61,7 @@ class TwoViewLoss(torch.autograd.Function):
         # The sum over ranks is one of float64, rounded once.
         summed = ranks is not None and divisor is not None
         dtype = torch.float64 if summed else scale.dtype
-        loss, lse, share = ops.pair_loss(lse, pos, scale, weight, pull, positive_counts, divisor, dtype)
+        loss, lse, share = ops.pair_loss(pos, lse, scale, weight, pull, positive_counts, divisor, dtype)
         if summed:
             loss = ranks.sum(loss).to(scale.dtype)
         anchor = loss.new_empty(0)

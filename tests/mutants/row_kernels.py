@@ -37,15 +37,15 @@ TRITON = [
     Mutant(
         "zero rows get a gradient",
         ENDS_FILE,
-        "tl.where(norm < EPS, 0.0, 1.0 / norm)",
-        "1.0 / norm",
+        "tl.where(short, 0.0, 1.0 / norm / peak)",
+        "1.0 / norm / peak",
         ROW_KERNELS + "test_normalize_lengths[1e-14]",
     ),
     Mutant(
         "lengths by plain squares",
         ENDS_FILE,
-        "norm = tl.sqrt_rn(tl.sum(y * y, 1)) * peak",
-        "norm = tl.sqrt_rn(tl.sum(x * x, 1))",
+        "norm = tl.sqrt_rn(tl.sum(y * y, 1))",
+        "norm = tl.sqrt_rn(tl.sum(x * x, 1)) / peak",
         ROW_KERNELS + "test_normalize_lengths[1e+30]",
     ),
     Mutant(

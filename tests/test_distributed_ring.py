@@ -57,6 +57,13 @@ for _family in dict.fromkeys(what.split()[0] for what in pair_rank_cases.LOSSES)
                 test_distributed_pairs.check_contract(rank, COUNTS[world][-1], what, reduction=reduction, **RING)
 
 
+@case((2,))
+def contract_in_bf16(rank, world):
+    """Rows that a CPU may multiply as they are, handed on in their own type."""
+    for counts in COUNTS[world]:
+        test_distributed.check_contract(rank, counts, torch.bfloat16, **RING)
+
+
 @case((2,), dtype=torch.float64)
 @case((2,), dtype=torch.float32)
 def contract_over_several_tiles(rank, world, dtype):

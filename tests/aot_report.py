@@ -175,7 +175,7 @@ def compile_case(case, arch: int) -> dict:
         elif name.startswith("p_"):
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name in ("log2_cols", "sign", "weight", "pull") else "i32"
+            signature[name] = "fp32" if name in ("log2_cols", "sign") else "i32"
         # What a launch sees: torch aligns its allocations, and usual widths are multiples of 16.
         if signature[name].startswith("*") or name in ("d", "stride_z"):
             attrs[(index,)] = [["tt.divisibility", 16]]

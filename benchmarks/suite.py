@@ -13,7 +13,7 @@ from benchmarks import floor, gpu_cases, gpu_runner, memory, peers, sort_floor, 
 from benchmarks.workloads import WORKLOADS
 
 # Seconds to time one side of a case; slow ones take at least LEAST_ROUNDS calls.
-SECONDS, LEAST_ROUNDS = 0.4, 7
+SECONDS, LEAST_ROUNDS = 0.3, 5
 # Matrices of similarities that a side other than ours holds at once, about, and what they may take together.
 MATRICES, MOST_BYTES = 4, {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 # float64 matrices of this many similarities, or so many sorted elements, take a second or two.

@@ -133,7 +133,7 @@ CHUNKED = [
         "zero rows get a gradient from chunked torch",
         CHUNKED_FILE,
         "torch.where(short, 0.0, 1 / norm / peak)",
-        "1 / norm / peak",
+        "(1 / norm / peak)",
         INPUTS + "test_zero_rows_get_no_gradient[chunked-float32]",
     ),
 ]

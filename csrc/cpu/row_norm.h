@@ -47,6 +47,11 @@ inline T normalize_row(T* x, int64_t d) {
     return std::numeric_limits<T>::quiet_NaN();
   }
   const T inverse = static_cast<T>(1 / length);
+  // One feature has no direction to turn to: exactly 1 or -1, so that its gradient is exactly 0.
+  if (d == 1) {
+    x[0] = x[0] < 0 ? T(-1) : T(1);
+    return inverse;
+  }
   // A norm near the end of the range has an inverse that is not a normal number.
   if (inverse < std::numeric_limits<T>::min()) {
     for (int64_t k = 0; k < d; ++k) x[k] = static_cast<T>(x[k] / length);

@@ -18,8 +18,8 @@ from fastcl.ops import chunked
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastcl.kernels import host  # noqa: E402
+from test_kernels import DEVICE, _poison  # noqa: E402, F401
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEEDS_NATIVE = pytest.mark.skipif(not _native.LOADED, reason=_native.REASON)
 EVERY = pytest.mark.parametrize(
     "module,device",
@@ -31,15 +31,6 @@ EVERY = pytest.mark.parametrize(
 )
 # (weight, pull): NT-Xent, twice that, the decoupled form.
 WEIGHTS = pytest.mark.parametrize("weight,pull", [(1.0, None), (2.0, None), (0.25, 1.0)])
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Every torch.empty is full of NaN, so that an element nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -6,13 +6,13 @@ PY := .venv/bin/python
 PIP := -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-seeds demo-losses test test-aot test-floor mutants bench bench-compare gpu clean
+.PHONY: help demo demo-seeds demo-losses demo-methods test test-aot test-floor mutants bench bench-compare gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: .venv/.examples .venv/.fastcl ## train SimCLR on digits, check the linear probe, write results/demo/report.md
+demo: .venv/.examples .venv/.fastcl ## train SimCLR on digits, check the linear probe, write results/demo/report.html
 	$(PY) examples/demo.py --out results/demo
 
 demo-seeds: .venv/.examples .venv/.fastcl ## the demo with three seeds, and the mean of their linear probes
@@ -20,6 +20,9 @@ demo-seeds: .venv/.examples .venv/.fastcl ## the demo with three seeds, and the 
 
 demo-losses: .venv/.examples .venv/.fastcl ## the demo with every loss, side by side in results/demo-losses/losses.md
 	$(PY) examples/demo.py --out results/demo-losses --losses
+
+demo-methods: .venv/.examples .venv/.fastcl ## the demo with every method, side by side in results/demo-methods/methods.md
+	$(PY) examples/demo.py --out results/demo-methods --methods
 
 test: .venv/.peers .venv/.fastcl ## run the tests, list the skipped ones with reasons
 	$(PY) -m pytest tests -rs
@@ -66,9 +69,11 @@ clean: ## remove environments, builds and results
 	touch $@
 
 # What the drop-in losses are compared with: about 90 MB, most of it transformers, of which few files are ever compiled.
+# And the trainer's optional packages.
 .venv/.peers: .venv/.examples
 	$(PY) $(PIP) -c constraints.txt --no-deps --no-compile lightly open_clip_torch pytorch-metric-learning \
 		sentence-transformers transformers tokenizers regex huggingface_hub httpx2 httpcore2 h11 idna truststore
+	$(PY) $(PIP) -c constraints.txt --no-deps kornia kornia_rs tensorboard protobuf absl-py
 	touch $@
 
 # With those that the suite measures besides. inf-cl, siglip-kernel and liger-kernel run on GPUs alone.

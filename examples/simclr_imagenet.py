@@ -1,11 +1,12 @@
-"""Train an image encoder with SimCLR: with `fastcl.nt_xent` or another of the library's losses.
+"""Train an image encoder without labels: by SimCLR with `fastcl.nt_xent`, or with another loss or method.
 
-    python examples/simclr_imagenet.py /data/imagenet --arch resnet50 --optimizer lars --batch 1024 --bf16
     python examples/simclr_imagenet.py digits
     python examples/simclr_imagenet.py digits --loss swd-hypersphere
-    torchrun --nproc-per-node 8 examples/simclr_imagenet.py /data/imagenet --batch 4096 --optimizer lars --bf16
+    python examples/simclr_imagenet.py path/to/images --method moco-v2 --arch resnet18
+    python examples/simclr_imagenet.py /data/imagenet --batch 1024 --precision bf16 --checkpoint-every 500 --resume
+    torchrun --nproc-per-node 8 examples/simclr_imagenet.py /data/imagenet --batch 4096 --precision bf16
 
-The parts are in the folder `simclr` beside this file; `--help` lists the settings.
+The parts are in the folder `simclr` beside this file; `--help` lists the settings, docs/trainer.md explains them.
 """
 
 import sys

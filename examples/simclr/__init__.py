@@ -1,6 +1,7 @@
-"""The parts of the SimCLR trainer `examples/simclr_imagenet.py`.
+"""The parts of the trainer `examples/simclr_imagenet.py`.
 
-`data` opens pictures and deals them out in batches, `augment` makes the two views, `model` holds encoders
-and projection heads, `losses` what is minimised, `optim` the optimisers and the schedule, `train` the loop,
-`probe` measures frozen features, `plots` and `report` show what came out. `cli` turns a command line into a run.
+`settings` reads the command line and `cli` turns it into a run: `data` opens pictures, `augment` makes views of them,
+`batches` deals them out, `model` holds encoders and heads, `methods` and `losses` what is learnt from, `optim` the
+optimisers and the schedule, `train` the loop, `checkpoint` where it can be taken up again, `probe` measures frozen
+features, `log` and `report` show what came out.
 """

@@ -1,18 +1,19 @@
-"""Pictures on disk or the built-in digits, as two splits and as batches of two augmented views.
+"""Pictures on disk, the built-in digits or synthetic ones: two splits, and the transforms that go with them.
 
-The randomness of a view is a function of (seed, epoch, index) and nothing else, so a run does not depend on
-the number of worker processes or on which of them handled a picture. Pictures that cannot be read are left
-out of their batch and named there.
+A split has a length, `labels`, `read(index)`, which gives a PIL picture or a uint8 tensor [C, H, W], or None where it
+cannot be read, and `name(index)`, by which a log can call it.
 """
 
+import math
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import augment
 from .errors import UsageError
@@ -21,11 +22,14 @@ from .torchvision_compat import torchvision  # noqa: F401  (must come before tor
 from torchvision.datasets import ImageFolder
 
 EXPECTED = (
-    "expected `digits` or a folder with one sub-folder of PNG or JPEG pictures per class (or train/ and val/ like that)"
+    "expected `digits`, `synthetic` or a folder with one sub-folder of PNG or JPEG pictures per class (or train/ and "
+    "val/ like that)"
 )
 TEST_SHARE = 0.2  # of each class, where the data comes without a split of its own
 SPLIT_SEED = 0  # the split and the digits' places belong to the data set: the same for every --seed
 CANVAS, DIGIT = 48, 20  # pixels: side of the dark canvas, side of the digit on it
+SYNTHETIC_TRAIN, SYNTHETIC_TEST, SYNTHETIC_CLASSES = 4096, 1024, 10
+STRIPES, NOISE = 8, 32  # across a synthetic picture; brightest grain on it, of 255
 
 
 class DigitPictures:
@@ -48,26 +52,68 @@ class FilePictures:
     """Pictures on disk: `read(i)` gives an RGB PIL picture, or None for a file that cannot be read."""
 
     def __init__(self, samples):
-        self.paths = [path for path, _ in samples]
+        # One array: of a list of strings every worker process gets a copy sooner or later, because reading an object
+        # writes its reference count. Of ImageNet's paths that is 150 MB a worker.
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.labels = torch.tensor([label for _, label in samples])
 
     def __len__(self):
         return len(self.paths)
 
     def name(self, index):
-        return self.paths[index]
+        return os.fsdecode(self.paths[index])
 
     def read(self, index):
         try:
-            with Image.open(self.paths[index]) as picture:
+            with Image.open(self.name(index)) as picture:
                 return picture.convert("RGB")
         except Exception:  # Pillow's decoders raise whatever their parser met: OSError, SyntaxError, zlib.error, ...
             return None
 
 
+class SyntheticPictures:
+    """Pictures drawn from their index: `read(i)` gives uint8 [3, size, size], at 224 pixels in a millisecond.
+
+    Stripes in two random colours under noise. The class is the stripes' direction, one of five, and whether finer ones
+    cross them: neither mirroring nor other colours change it, and a crop changes it little.
+    """
+
+    def __init__(self, length, size, split):
+        self.size, self.split = size, split
+        self.labels = torch.arange(length) % SYNTHETIC_CLASSES
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return f"synthetic picture {index}"
+
+    def read(self, index):
+        draws = np.random.default_rng((self.split, index))
+        crossed, direction = divmod(index % SYNTHETIC_CLASSES, 5)
+        angle = direction * math.pi / 8
+        wave = self._stripes(angle, STRIPES, draws)
+        if crossed:
+            wave = (wave + self._stripes(angle + math.pi / 2, 3 * STRIPES, draws)) / 2
+        dark, light = np.sort(draws.uniform(0, 255 - NOISE, (2, 3, 1, 1)), axis=0).astype(np.float32)
+        picture = dark + (light - dark) * (wave + 1) / 2
+        return torch.from_numpy(picture.astype(np.uint8) + draws.integers(0, NOISE, picture.shape, dtype=np.uint8))
+
+    def _stripes(self, angle, count, draws):
+        """A sine of random phase along `angle`, `count` periods to the side of the picture: [size, size]."""
+        steps = np.arange(self.size, dtype=np.float32) * np.float32(2 * math.pi * count / self.size)
+        phase = np.float32(draws.uniform(0, 2 * math.pi))
+        return np.sin(np.add.outer(steps * np.float32(math.sin(angle)), steps * np.float32(math.cos(angle)) + phase))
+
+
 @dataclass
 class Source:
-    """What the trainer needs to know about its data; `views` and `plain` are transforms of one picture."""
+    """What the trainer needs to know about its data.
+
+    `views` makes one random view of a picture and `plain` the same one always, float [channels, image_size, image_size]
+    in 0..1. For views made on a device instead, `raw` gives uint8 pictures of one size, and `device_views()` builds the
+    module that makes views [n, channels, image_size, image_size] of a batch of them.
+    """
 
     train: object
     test: object
@@ -76,6 +122,8 @@ class Source:
     image_size: int
     views: object
     plain: object
+    raw: object = None
+    device_views: object = None
 
 
 def place_digits(images, canvas=CANVAS, size=DIGIT, seed=SPLIT_SEED):
@@ -112,7 +160,16 @@ def open_digits(image_size=None):
     size = image_size or CANVAS
     if size != CANVAS:
         raise UsageError(f"--image-size: digits are {CANVAS} pixels wide, got {size}")
-    return Source(train, test, list("0123456789"), 1, size, augment.digit_views(size), augment.plain_digit())
+    return Source(train, test, list("0123456789"), 1, size, augment.digit_views(size), augment.plain_digit(),
+                  augment.raw_digit(), partial(augment.device_digit_views, size))
+
+
+def open_synthetic(image_size=None, strength=1.0, blur=None):
+    size = image_size or 224
+    train = SyntheticPictures(SYNTHETIC_TRAIN, size, split=0)
+    test = SyntheticPictures(SYNTHETIC_TEST, size, split=1)
+    classes = [f"{'plaid' if label >= 5 else 'stripes'} {label % 5 * 22.5:g}" for label in range(SYNTHETIC_CLASSES)]
+    return _photos(train, test, classes, size, strength, blur)
 
 
 def _samples(folder):
@@ -126,7 +183,7 @@ def _samples(folder):
     return tree.samples, tree.classes
 
 
-def open_folder(folder, image_size=None, strength=1.0):
+def open_folder(folder, image_size=None, strength=1.0, blur=None):
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{folder}: {EXPECTED}, got {'a file' if root.exists() else 'nothing at that path'}")
@@ -142,9 +199,7 @@ def open_folder(folder, image_size=None, strength=1.0):
         labels = torch.tensor([label for _, label in samples])
         train, test = (FilePictures([samples[i] for i in part.tolist()]) for part in stratified_split(labels))
     natural = _natural_size(train)  # also with --image-size: it makes sure that there is something to read
-    size = image_size or natural
-    return Source(train, test, classes, 3, size, augment.photo_views(size, strength, blur=size > 96),
-                  augment.plain_photo(size))
+    return _photos(train, test, classes, image_size or natural, strength, blur)
 
 
 def _natural_size(pictures):
@@ -153,100 +208,23 @@ def _natural_size(pictures):
         picture = pictures.read(index)
         if picture is not None:
             side = min(picture.size)
-            return max(side, 16) if side <= 96 else 224
+            return max(side, 16) if side <= augment.SMALL else 224
     raise UsageError(f"{pictures.name(0)}: expected pictures that can be read, got none among the first {index + 1}")
 
 
-def open_data(data, image_size=None, strength=1.0):
+def _photos(train, test, classes, size, strength, blur):
+    """A Source of colour pictures; `blur` None is SimCLR's choice, none for small pictures."""
+    if not 0 <= strength <= augment.STRONGEST:
+        raise UsageError(f"--strength: expected 0 to {augment.STRONGEST}, got {strength:g}")
+    recipe = (size, strength, size > augment.SMALL if blur is None else blur)
+    return Source(train, test, classes, 3, size, augment.photo_views(*recipe), augment.plain_photo(size),
+                  augment.raw_photo(size), partial(augment.device_views, *recipe))
+
+
+def open_data(data, image_size=None, strength=1.0, blur=None):
     """The data set named on the command line; UsageError says in one line what is wrong with it."""
-    return open_digits(image_size) if data == "digits" else open_folder(data, image_size, strength)
-
-
-def view_seed(*parts):
-    """One 64-bit seed out of several small numbers, so that neighbours do not get related streams."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
-
-
-class TwoViews(Dataset):
-    """Two views of a picture, by the key (epoch, index); the picture's name where it cannot be read."""
-
-    def __init__(self, pictures, transform, seed):
-        self.pictures, self.transform, self.seed = pictures, transform, seed
-
-    def __getitem__(self, key):
-        epoch, index = key
-        picture = self.pictures.read(index)
-        if picture is None:
-            return self.pictures.name(index)
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-            torch.default_generator.manual_seed(view_seed(self.seed, epoch, index))
-            return self.transform(picture), self.transform(picture)
-
-
-class Plain(Dataset):
-    """(picture, its index) without augmentation; the picture's name where it cannot be read."""
-
-    def __init__(self, pictures, transform):
-        self.pictures, self.transform = pictures, transform
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, index):
-        picture = self.pictures.read(index)
-        if picture is None:
-            return self.pictures.name(index)
-        return self.transform(picture), torch.tensor(index)
-
-
-def collate(samples):
-    """Stack what could be read: (first, second, names of what could not); None, None where nothing could."""
-    unreadable = [sample for sample in samples if isinstance(sample, str)]
-    pairs = [sample for sample in samples if not isinstance(sample, str)]
-    first, second = (torch.stack(parts) for parts in zip(*pairs)) if pairs else (None, None)
-    return first, second, unreadable
-
-
-class EpochBatches(Sampler):
-    """`steps` batches of (epoch, index) keys for one rank, less the first `done` ones; each epoch a fresh order, its
-    incomplete batch dropped.
-
-    `batch` counts the pictures of all ranks: every rank gets its own contiguous share of each batch.
-    """
-
-    def __init__(self, length, batch, steps, seed, rank=0, world=1, done=0):
-        self.length, self.batch, self.steps, self.seed, self.done = length, batch, steps, seed, done
-        self.share = slice(rank * batch // world, (rank + 1) * batch // world)
-
-    def __len__(self):
-        return self.steps - self.done
-
-    def __iter__(self):
-        per_epoch = self.length // self.batch
-        order = None
-        for step in range(self.done, self.steps):
-            epoch, position = divmod(step, per_epoch)
-            if position == 0 or order is None:
-                generator = torch.Generator().manual_seed(view_seed(self.seed, epoch))
-                order = torch.randperm(self.length, generator=generator)
-            batch = order[position * self.batch : (position + 1) * self.batch]
-            yield [(epoch, index) for index in batch[self.share].tolist()]
-
-
-def _one_thread(_worker):
-    torch.set_num_threads(1)  # one core per worker process: the pools of several would fight over the cores
-
-
-def _own_stream():
-    """A loader draws a seed for its workers: from here, so that the draws of a loss do not depend on the loaders."""
-    return torch.Generator()
-
-
-def train_loader(source, batches, seed, workers, pin):
-    return DataLoader(TwoViews(source.train, source.views, seed), batch_sampler=batches, num_workers=workers,
-                      collate_fn=collate, pin_memory=pin, worker_init_fn=_one_thread, generator=_own_stream())
-
-
-def plain_loader(pictures, transform, batch, workers):
-    return DataLoader(Plain(pictures, transform), batch_size=batch, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=_one_thread, generator=_own_stream())
+    if data == "digits":
+        return open_digits(image_size)
+    if data == "synthetic":
+        return open_synthetic(image_size, strength, blur)
+    return open_folder(data, image_size, strength, blur)

@@ -1,5 +1,13 @@
-"""The one exception for what the person at the command line can put right."""
+"""What the command line prints as one line, without a traceback; `code` is its exit code."""
 
 
 class UsageError(Exception):
-    """Bad data or settings: the command line prints the message alone, and exits with code 2."""
+    """Bad data or settings, which the person at the command line can put right."""
+
+    code = 2
+
+
+class RunError(Exception):
+    """Training cannot go on."""
+
+    code = 1

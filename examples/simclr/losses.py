@@ -49,22 +49,9 @@ LOSSES = {
     "align-uniform": Loss("Alignment + uniformity", "alignment and uniformity on the unit sphere",
                           AlignUniform, dict(weight=1.0), dict(t=2.0)),
 }
-SETTINGS = {"temperature": "temperature", "weight": "loss_weight"}  # the module's argument: its name in the settings
-
-
-def defaults(argument):
-    """`{loss: default}` of the losses that have `argument`."""
-    return {name: loss.options[argument] for name, loss in LOSSES.items() if argument in loss.options}
-
-
-def fill_in(settings, error):
-    """Put the loss' defaults where the command line gave nothing; `error` gets a message on what it does not have."""
-    for argument, name in SETTINGS.items():
-        given, found = getattr(settings, name), defaults(argument)
-        if given is None:
-            setattr(settings, name, found.get(settings.loss))
-        elif settings.loss not in found:
-            error(f"argument --{name.replace('_', '-')}: expected --loss {' or '.join(found)}, got {settings.loss}")
+# An option of a loss or method, and its name among the settings of the command line.
+SETTINGS = {"temperature": "temperature", "weight": "loss_weight", "queue": "queue", "momentum": "momentum",
+            "bank_momentum": "bank_momentum", "noise": "noise"}
 
 
 def _arguments(settings):
@@ -75,9 +62,3 @@ def _arguments(settings):
 def build(settings):
     """The loss as a module: both views' projections [N, D] to a scalar."""
     return LOSSES[settings.loss].module(**_arguments(settings))
-
-
-def describe(settings):
-    """What the loss is called with, as text."""
-    shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in _arguments(settings).items()}
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())

@@ -1,69 +1,69 @@
-"""LARS, parameter groups, learning-rate scaling and the schedule."""
+"""Optimisers and what they leave alone, learning-rate scaling and the schedule."""
 
 import math
 
 import torch
+from torch import nn
 
 from .errors import UsageError
+from .lars import LARS
+
+SCALINGS = {"none": lambda batch: 1, "linear": lambda batch: batch / 256, "sqrt": math.sqrt}
 
 
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive SGD, as SimCLR uses it.
+def parameter_groups(modules, weight_decay):
+    """Two groups of all modules: weights, with decay, and others, without.
 
-    For a parameter w with gradient g:  u = g + weight_decay * w;  r = trust * |w| / |u| (1 where a norm is 0);
-    v = momentum * v + lr * r * u;  w = w - v.  Groups with adapt=False take r = 1.
+    Without are parameters of one dimension (biases, scales and shifts of norms), and of a ViT the tokens and positions,
+    which timm names: all of them are added or scale as they are, and pulling them to zero makes nothing simpler.
+    LARS, whose steps are a small share of a parameter's norm, would besides hold a token at zero, near which it begins.
     """
-
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001, adapt=True):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=adapt))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._update(weight, group)
-        return loss
-
-    def _update(self, weight, group):
-        update = weight.grad.add(weight, alpha=group["weight_decay"])
-        if group["adapt"]:
-            weight_norm, update_norm = weight.norm(), update.norm()
-            ratio = group["trust"] * weight_norm / update_norm
-            update = update * torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
-        state = self.state[weight]
-        if "velocity" not in state:
-            state["velocity"] = torch.zeros_like(weight)
-        # The learning rate goes into the velocity, so that a change of it acts on new gradients alone.
-        velocity = state["velocity"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
-        weight.sub_(velocity)
-
-
-def parameter_groups(model, weight_decay):
-    """Weights with decay; biases and batch-norm parameters (all the one-dimensional ones) without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
+    weights, others, seen = [], [], set()
+    for module in modules:
+        exempt = _named_by_timm(module)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                (others if parameter.ndim <= 1 or name in exempt else weights).append(parameter)
     return [dict(params=weights, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
 
 
-def build_optimizer(name, model, lr, weight_decay):
-    groups = parameter_groups(model, weight_decay)
-    if name == "adam":
-        return torch.optim.AdamW(groups, lr=lr)  # AdamW is Adam where weight_decay is 0, and decays apart from it
+def _named_by_timm(module):
+    """Names of the parameters that `module` or one of its parts lists as not to be decayed."""
+    return {f"{prefix}.{name}".lstrip(".") for prefix, part in module.named_modules()
+            if hasattr(part, "no_weight_decay") for name in part.no_weight_decay()}
+
+
+def build_optimizer(name, modules, lr, weight_decay):
+    """`lars`, `sgd` (momentum 0.9) or `adamw` for one module or several."""
+    groups = parameter_groups([modules] if isinstance(modules, nn.Module) else modules, weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
     if name == "lars":
         groups[1]["adapt"] = False
         return LARS(groups, lr=lr)
-    raise UsageError(f"--optimizer: expected adam or lars, got {name}")
+    raise UsageError(f"--optimizer: expected lars, sgd or adamw, got {name}")
+
+
+def describe(optimizer):
+    """One line a parameter group, for the log."""
+    lines = []
+    for group in optimizer.param_groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        line = f"{len(group['params'])} tensors of {count:,} parameters: weight decay {group['weight_decay']:g}"
+        if "adapt" in group:
+            line += ", steps scaled by norms" if group["adapt"] else ", steps not scaled"
+        lines.append(line)
+    return lines
 
 
 def scaled_lr(lr, batch, scaling):
-    """`sqrt` multiplies by the square root of the global batch, `none` takes `lr` as it is."""
-    return lr * math.sqrt(batch) if scaling == "sqrt" else lr
+    """For the global batch: `linear` is lr * batch / 256, `sqrt` is lr * sqrt(batch), `none` is lr."""
+    if scaling not in SCALINGS:
+        raise UsageError(f"--lr-scaling: expected {', '.join(SCALINGS)}, got {scaling}")
+    return lr * SCALINGS[scaling](batch)
 
 
 def warmup_cosine(step, steps, warmup):

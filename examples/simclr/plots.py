@@ -1,118 +1,98 @@
-"""The pictures of a report. Every function draws one PNG file."""
+"""The figures of a report. Every function draws one and returns it as the bytes of a PNG file.
 
+Nothing that is written in a figure comes from the data: names of classes, which may be long, in any script or full of
+mathematics to matplotlib's eye, are left to the page around it.
+"""
+
+import io
 import itertools
-import math
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-matplotlib.use("Agg")  # files only: no display is needed
-
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
+INK, SOFT, GRID = "#1c2530", "#5c6773", "#e3e7eb"
 TRAINED, UNTRAINED, SECOND = "#1f5fa8", "#9a9a9a", "#d1751f"
-RIGHT, WRONG = "#2e9e4f", "#c8372d"
-LINES = (TRAINED, SECOND, RIGHT, WRONG, "#7b4fa3", "#2aa5b5")  # of one picture, each told from the others
-DPI = 110
+LINES = (TRAINED, SECOND, "#2e9e4f", "#c8372d", "#7b4fa3", "#2aa5b5")  # of one figure, each told from the others
+# Of classes: ten strong ones, then ten pale ones; OTHERS is for all that come after.
+CLASSES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#3b3b98",
+           "#aec7e8", "#ffbb78", "#98df8a", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2", "#9edae5", "#dbdb8d", "#a5a5d8")
+OTHERS = "#d4d8dc"
+DPI = 180
+MARKED = 25  # up to so many points a line shows each of them: one point alone would be no line
 
 
-def _panel(axes, title, ylabel):
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel("training step")
-    axes.set_ylabel(ylabel)
+def _png(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+def _panel(axes, xlabel, ylabel):
+    axes.set_xlabel(xlabel, color=SOFT, fontsize=9)
+    axes.set_ylabel(ylabel, color=SOFT, fontsize=9)
+    axes.tick_params(colors=SOFT, labelsize=9, length=0)
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def lines(ylabel, series, levels=(), limits=None, size=(5.6, 3.0)):
+    """Values over the training steps. `series`: (label or None, [(step, value)...], colour) of a line each;
+    `levels`: (label, value, colour) of a dashed line each."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    _panel(axes, "training step", ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    for label, points, colour in series:
+        marker = "o" if len(points) <= MARKED else None
+        axes.plot(*zip(*points), color=colour, lw=1.5, marker=marker, ms=4, label=label)
+    for label, value, colour in levels:
+        axes.axhline(value, color=colour, ls=(0, (4, 3)), lw=1.2, label=label)
+    if limits:
+        axes.set_ylim(*limits)
+    if axes.get_legend_handles_labels()[0]:  # above the axes, where it hides nothing
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    return _png(figure)
 
 
-def _columns(records, *names):
-    return [[record[name] for record in records] for name in names]
+def comparison(path, runs):
+    """Write a PNG file. `runs`: (title, probes) of each run, which is a line. Step 0 is untrained."""
+    series = []
+    for (title, probes), colour in zip(runs, itertools.cycle(LINES)):
+        points = [(record["step"], 100 * record["linear"]) for record in probes]
+        series.append((f"{title}: {points[-1][1]:.1f}%", points, colour))
+    path.write_bytes(lines("linear probe of the frozen features [%]", series, limits=(0, 100), size=(7.5, 5.0)))
 
 
-def _save(figure, path):
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
-
-
-def curves(path, steps, probes, loss_title, others=None):
-    """Loss, contrastive top-1 and (where there are probes) accuracy of the frozen features, over the steps.
-
-    `others`: for NT-Xent, how many rows a row is compared with; draws its loss for rows that are all alike.
-    """
-    figure, panels = plt.subplots(1, 3 if probes else 2, figsize=(13.5 if probes else 9, 3.9), layout="constrained")
-    step, loss, top1 = _columns(steps, "step", "loss", "top1")
-    _panel(panels[0], "Training loss", loss_title)
-    panels[0].plot(step, loss, color=TRAINED, lw=1.3)
-    if others:
-        alike = math.log(others)
-        panels[0].axhline(alike, color=UNTRAINED, ls="--", lw=1, label=f"all rows alike: ln {others} = {alike:.2f}")
-        panels[0].legend(frameon=False, fontsize=9)
-    _panel(panels[1], "Contrastive top-1: the partner is the nearest row", "share of rows [%]")
-    panels[1].plot(step, [100 * value for value in top1], color=TRAINED, lw=1.3)
-    panels[1].set_ylim(0, 100)
-    if probes:
-        _probe_panel(panels[2], probes)
-    _save(figure, path)
-
-
-def _probe_panel(axes, probes):
-    step, linear, knn = _columns(probes, "step", "linear", "knn")
-    _panel(axes, "Frozen features on the test split", "accuracy [%]")
-    for name, values, color in (("linear probe", linear, TRAINED), ("kNN probe", knn, SECOND)):
-        values = [100 * value for value in values]
-        axes.plot(step, values, color=color, marker="o", ms=4, lw=1.6, label=f"{name}: {values[-1]:.1f}%")
-        axes.axhline(values[0], color=color, ls=":", lw=1.2, label=f"untrained: {values[0]:.1f}%")
-    axes.set_ylim(0, 100)
-    axes.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)
-
-
-def loss_comparison(path, runs):
-    """`runs`: (title, probes) of one run a loss; linear probe over the steps, a line a loss. Step 0 is untrained."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    _panel(axes, "Linear probe of the frozen features, one line a loss", "accuracy [%]")
-    for (title, probes), color in zip(runs, itertools.cycle(LINES)):
-        step, linear = _columns(probes, "step", "linear")
-        values = [100 * value for value in linear]
-        axes.plot(step, values, color=color, marker="o", ms=4, lw=1.6, label=f"{title}: {values[-1]:.1f}%")
-    axes.set_ylim(0, 100)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
-    _save(figure, path)
-
-
-def _show(axes, picture):
-    """A float picture [C, H, W] in 0..1, grey or RGB, without axes."""
-    if picture.shape[0] == 1:
-        axes.imshow(picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
-    else:
-        axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
+def scatter(points, colours):
+    """A map: `points` [n, 2], and the colour of each. Its axes mean nothing, only which points are close."""
+    width, height = points.max(0) - points.min(0)
+    figure = Figure(figsize=(6.6, 6.6 * min(max(height / width, 0.5), 1.0)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0, h_pad=0)
+    axes = figure.subplots()
+    axes.scatter(points[:, 0], points[:, 1], c=colours, s=17, alpha=0.85, linewidths=0)
+    axes.set_aspect("equal", "datalim")
     axes.set_xticks([])
     axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+    return _png(figure)
 
 
-def view_sheet(path, rows):
-    """`rows`: one (name, picture, view 1, view 2) per picture, side by side as columns of the sheet."""
-    size = (1.35 * len(rows) + 0.6, 4.6)
-    figure, grid = plt.subplots(3, len(rows), figsize=size, squeeze=False, layout="constrained")
-    for column, (name, *pictures) in enumerate(rows):
-        for line, picture in enumerate(pictures):
-            _show(grid[line][column], picture)
-        grid[0][column].set_title(name, fontsize=9)
-    for line, label in enumerate(("picture", "view 1", "view 2")):
-        grid[line][0].set_ylabel(label, fontsize=10)
-    _save(figure, path)
-
-
-def neighbour_sheet(path, rows):
-    """`rows`: ((label, picture), [(label, cosine, picture), ...]) per query; frames tell right from wrong classes."""
-    width = 1 + len(rows[0][1])
-    size = (1.35 * width + 0.3, 1.62 * len(rows) + 0.3)
-    figure, grid = plt.subplots(len(rows), width, figsize=size, squeeze=False, layout="constrained")
-    for line, ((label, picture), neighbours) in enumerate(rows):
-        _show(grid[line][0], picture)
-        grid[line][0].set_title(label, fontsize=9, fontweight="bold")
-        for axes, (found, cosine, neighbour) in zip(grid[line][1:], neighbours):
-            _show(axes, neighbour)
-            axes.set_title(f"{found} ({cosine:.2f})", fontsize=9)
-            for spine in axes.spines.values():
-                spine.set(color=RIGHT if found == label else WRONG, linewidth=2.5)
-    _save(figure, path)
+def histograms(columns, limit, curve):
+    """A histogram of each of `columns` over -limit..limit with the line `curve`, (t, density), all on the same axes."""
+    figure = Figure(figsize=(11.2, 2.5), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
+    highest = 0
+    for number, (axes, column) in enumerate(zip(panels, columns), 1):
+        _panel(axes, f"direction {number}", "density" if number == 1 else "")
+        heights, _, _ = axes.hist(column, bins=40, range=(-limit, limit), density=True, color=TRAINED, alpha=0.45)
+        axes.plot(*curve, color=SECOND, lw=1.6)
+        highest = max(highest, heights.max())
+    panels[0].set_xlim(-limit, limit)
+    # Of points on a circle the density has no bound.
+    panels[0].set_ylim(0, 1.08 * max(highest, min(curve[1].max(), 2 * highest)))
+    return _png(figure)

@@ -1,140 +1,180 @@
-"""The training loop: steps, learning rate, progress bar, log, and a probe of the encoder every so often."""
+"""The training loop: steps, learning rate, log, probes of the encoder and checkpoints every so often."""
 
-import contextlib
-import json
 import math
-import sys
 import time
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from . import data, probe
-from .errors import UsageError
+from fastcl import cached_backward
+
+from . import batches, probe
+from .clock import StepClock
+from .errors import RunError, UsageError
+from .interrupt import Interrupted, Interrupts
+from .log import memory_mib, progress_bar
 from .optim import warmup_cosine
 
 
-class Log:
-    """One JSON object a line; on ranks other than 0 nothing is written."""
-
-    def __init__(self, path, enabled=True, records=()):
-        self._file = open(path, "w", encoding="utf-8", buffering=1) if enabled else None
-        self.records = []
-        for record in records:
-            self.write(**record)
-
-    def write(self, event, **fields):
-        self.records.append(dict(event=event, **fields))
-        if self._file:
-            print(json.dumps(self.records[-1]), file=self._file)
-
-    def of(self, event):
-        return [record for record in self.records if record["event"] == event]
-
-    def close(self):
-        if self._file:
-            self._file.close()
-
-
-class NonFiniteLoss(Exception):
-    """Training cannot go on: the loss became infinite or NaN."""
-
-
 class Trainer:
-    """Holds what a run consists of; `run` does it. `settings` are the command line's, `criterion` is the loss; `done`
-    steps were taken before, `keep(step)` makes a checkpoint."""
+    """Holds what a run consists of; `run` does it. `settings` are the command line's; `done` steps were taken before."""
 
-    def __init__(self, settings, source, model, criterion, optimizer, lr, log, device, rank=0, world=1, done=0,
-                 keep=lambda step: None):
-        self.done, self.keep = done, keep
-        self.settings, self.source, self.optimizer, self.lr, self.log = settings, source, optimizer, lr, log
-        self.device, self.rank, self.world = device, rank, world
-        self.model, self.criterion = model, criterion
-        self.parallel = DistributedDataParallel(model) if world > 1 else model
+    def __init__(self, settings, source, method, optimizer, scaler, lr, log, checkpoints, device, rank=0, world=1,
+                 done=0):
+        self.settings, self.source, self.method = settings, source, method
+        self.optimizer, self.scaler, self.lr = optimizer, scaler, lr
+        self.log, self.checkpoints, self.device = log, checkpoints, device
+        self.rank, self.world, self.done = rank, world, done
+        self.parallel = DistributedDataParallel(method.network) if world > 1 else method.network
         self.warmup = round(settings.warmup * settings.steps)
+        self.clock = StepClock(device)
+        self._unchecked = []  # (step, loss) since the last look at them
+        self._device_views = source.device_views().to(device) if settings.augment == "device" else None
 
     def run(self):
         """Train up to `settings.steps` steps, with probes before, in between and after."""
         settings = self.settings
-        batches = data.EpochBatches(len(self.source.train), settings.batch, settings.steps, settings.seed, self.rank,
-                                    self.world, self.done)
-        loader = data.train_loader(self.source, batches, settings.seed, settings.workers,
-                                   pin=self.device.type == "cuda")
         if not self.done:
             self.probe(0)
-        self.model.train()
-        seconds = 0.1 if sys.stderr.isatty() else 15  # between updates: a file keeps every one of them
-        with tqdm(total=settings.steps, initial=self.done, unit="step", disable=self.rank != 0, dynamic_ncols=True,
-                  mininterval=seconds) as bar:
-            self._train(loader, bar)
-        self.probe(settings.steps)
+        self.method.train()
+        with progress_bar(settings, self.done, self.rank) as bar, Interrupts() as interrupts:
+            for step, batch in enumerate(self._batches(), self.done + 1):
+                self._train_step(step, batch, bar)
+                if step < settings.steps and (number := interrupts.anywhere(self.world)):
+                    self._look_at_losses()
+                    self._save(step)
+                    raise Interrupted(number, f"stopped after step {step}; {self._last_checkpoint()}; "
+                                              "--resume goes on from there")
 
-    def _train(self, loader, bar):
+    def _train_step(self, step, batch, bar):
         settings = self.settings
-        clock, pictures = time.perf_counter(), 0
-        for step, (first, second, unreadable) in enumerate(loader, self.done + 1):
-            self._report_unreadable(step, unreadable, first)
-            loss, z1, z2 = self._step(step, first, second)
-            pictures += settings.batch
-            if step % settings.log_every == 0 or step == settings.steps:
-                loss = loss.item()  # waits for the device, so that the clock is right
-                rate = pictures / (time.perf_counter() - clock)
-                top1 = probe.contrastive_top1(z1, z2)  # among this process's rows; the loss is over all processes
-                self._log_step(bar, step, loss, top1, rate)
-                clock, pictures = time.perf_counter(), 0
-            bar.update()
-            if settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-                started = time.perf_counter()
-                self.probe(step)
-                clock += time.perf_counter() - started
-            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
-                self.keep(step)
+        loss, rows, targets = self._step(step, batch)
+        self._unchecked.append((step, loss))
+        last = step == settings.steps
+        if step % settings.log_every == 0 or last:
+            # Without the time that this takes: the clock is read before, and waits for the GPU.
+            seconds = self.clock.read()
+            self._log_step(bar, step, self._look_at_losses(), self.method.top1(rows, targets).item(), seconds)
+        probed = last or (settings.eval_every and step % settings.eval_every == 0)
+        score = self.probe(step) if probed else None
+        if last or (settings.checkpoint_every and (probed or step % settings.checkpoint_every == 0)):
+            self._look_at_losses()
+            self._save(step)
+            if probed and not settings.no_probe:
+                self.checkpoints.save_best(step, score)
+        bar.update()
+        self.clock.lap(None)
 
-    def _step(self, step, first, second):
-        """One update of the model; returns the loss and both views' projections, detached."""
-        settings = self.settings
-        lr = self.lr * warmup_cosine(step - 1, settings.steps, self.warmup)
+    def _batches(self):
+        settings, source = self.settings, self.source
+        keys = batches.EpochBatches(len(source.train), settings.batch, settings.steps, settings.seed, self.rank,
+                                    self.world, self.done)
+        loader = iter(batches.train_loader(source, keys, settings.seed, settings.workers,
+                                           pin=self.device.type == "cuda", views=self.method.views,
+                                           on_device=self._device_views is not None))
+        for step in range(self.done + 1, settings.steps + 1):
+            try:
+                batch = next(loader)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RunError(f"step {step}: a process that reads pictures died (out of memory?), "
+                               f"--workers {settings.workers}; {self._last_checkpoint()}") from error
+            if batch.unreadable:
+                self.log.write("unreadable", step=step, pictures=batch.unreadable)
+            if len(batch.index) < 2:  # batch norm needs two
+                raise UsageError(f"{batch.unreadable[0]}: expected pictures that can be read, got a batch with "
+                                 f"{len(batch.index)} of them")
+            yield batch
+
+    def _step(self, step, batch):
+        """One update of the network; the loss, and what it is of, detached."""
+        lr = self.lr * warmup_cosine(step - 1, self.settings.steps, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        pictures = torch.cat([first, second]).to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        with self._autocast():
-            z1, z2 = self.parallel(pictures).chunk(2)
-            loss = self.criterion(z1, z2)
+        views = [view.to(self.device, non_blocking=True, memory_format=torch.channels_last) for view in batch.views]
+        index = batch.index.to(self.device, non_blocking=True)
+        self.clock.lap("data")
+        if self._device_views is not None:
+            views = [self._device_views(views[0]) for _ in range(self.method.views)]
+        targets = self.method.targets(views, index)
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach(), z1.detach(), z2.detach()
+        loss, rows = self._backward(self.method.online(views), targets)
+        self.clock.lap("encoder")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.update(targets, step / self.settings.steps)
+        self.clock.lap("optimizer")
+        return loss, rows, targets
 
-    def _autocast(self):
-        if not self.settings.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    def _backward(self, views, targets):
+        """All views in one pass, so that batch norm sees them together. The loss has a backward of its own, from its
+        value to the rows: that of the network goes on from there. So both are timed, and chunks come in between."""
+        chunks, kept = self.settings.grad_cache_chunks, {}
 
-    def _log_step(self, bar, step, loss, top1, rate):
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(f"step {step}: the loss is {loss}; a lower --lr or a longer --warmup may help")
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.log.write("step", step=step, loss=loss, top1=top1, lr=lr, images_per_s=round(rate, 1))
-        bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1%}, {rate:.0f} images/s", refresh=False)
+        def loss_of(rows):
+            self.clock.lap("encoder")
+            parts = rows.chunk(len(views))
+            loss = self.method.loss(parts, targets)
+            kept.update(loss=loss.detach(), rows=[part.detach() for part in parts])
+            rows.register_hook(lambda _: self.clock.lap("loss"))
+            return self.scaler.scale(loss)
 
-    def _report_unreadable(self, step, unreadable, first):
-        if unreadable:
-            self.log.write("unreadable", step=step, pictures=unreadable)
-        if first is None:
-            raise UsageError(f"{unreadable[0]}: expected pictures that can be read, got a batch without a single one")
+        pictures = torch.cat(views)
+        if chunks > 1:
+            cached_backward(self.parallel, [pictures], loss_of, chunks)
+        else:
+            rows = self.parallel(pictures)
+            leaf = rows.detach().requires_grad_()
+            loss_of(leaf).backward()
+            rows.backward(leaf.grad)
+        return kept["loss"], kept["rows"]
+
+    def _look_at_losses(self):
+        """The last loss, where all since the last look are finite; waits for the device."""
+        values = torch.stack([loss for _, loss in self._unchecked]).tolist() if self._unchecked else []
+        for (step, _), value in zip(self._unchecked, values):
+            if not math.isfinite(value):
+                raise RunError(f"step {step}: the loss is {value}; a lower --lr or a longer --warmup may help; "
+                               f"{self._last_checkpoint()}")
+        self._unchecked = []
+        return values[-1] if values else None
+
+    def _last_checkpoint(self):
+        newest = self.checkpoints.newest
+        return f"last checkpoint: {newest}" if newest else "there is no checkpoint"
+
+    def _save(self, step):
+        modules = {"method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.checkpoints.save(step, modules, self.log.records)
+
+    def _log_step(self, bar, step, loss, top1, seconds):
+        since = step - max([self.done, *(record["step"] for record in self.log.of("step")[-1:])])
+        rate = since * self.settings.batch / max(sum(seconds.values()), 1e-9)
+        lr, memory = self.optimizer.param_groups[0]["lr"], memory_mib(self.device)
+        parts = {f"{part}_s": seconds.get(part, 0.0) / since for part in ("data", "encoder", "loss", "optimizer")}
+        self.log.write("step", step=step, loss=loss, top1=top1, lr=lr, images_per_s=round(rate, 1),
+                       memory_mib=round(memory), **{name: round(value, 6) for name, value in parts.items()})
+        bar.set_postfix_str(f"loss {loss:.3f}, top-1 {top1:.1%}, lr {lr:.2g}, {rate:.0f} images/s, {memory:.0f} MiB",
+                            refresh=False)
 
     def probe(self, step):
-        """Linear and kNN accuracy of the frozen encoder on the plain pictures, on rank 0, logged."""
+        """Accuracy of linear and kNN probes of the frozen encoder, on rank 0, logged; returns the linear one there."""
         if self.settings.no_probe:
-            return
+            return None
+        started = time.perf_counter()
+        features, score = self.features(), None
         if self.rank == 0:
-            features = self.features()
             if step == 0:
                 self._log_unread(step, features)
-            self.log.write("probe", step=step, linear=probe.linear_probe(features), knn=probe.knn_probe(features))
+            linear, knn = probe.linear_probe(features), probe.knn_probe(features)
+            self.log.write("probe", step=step, linear=linear.top1, linear_top5=linear.top5, knn=knn.top1,
+                           knn_top5=knn.top5, seconds=round(time.perf_counter() - started, 2))
+            score = linear.top1
         if self.world > 1:
-            torch.distributed.barrier()
+            dist.barrier()
+        return score
 
     def _log_unread(self, step, features):
         for pictures, index in ((self.source.train, features.train_index), (self.source.test, features.test_index)):
@@ -143,9 +183,22 @@ class Trainer:
                 self.log.write("unreadable", step=step, pictures=[pictures.name(i) for i in sorted(unread)])
 
     def features(self):
-        """Features of both splits from the frozen encoder, as it is now."""
-        parts = []
-        for pictures in (self.source.train, self.source.test):
-            loader = data.plain_loader(pictures, self.source.plain, self.settings.batch, self.settings.workers)
-            parts += probe.extract(self.model.encoder, loader, pictures.labels, self.device)
-        return probe.Features(*parts)
+        """Features of both splits from the frozen encoder, as it is now; every rank reads its share, rank 0 gets all."""
+        parts = [part for pictures in (self.source.train, self.source.test)
+                 for part in self.rows_of(self.method.network.encoder, pictures)]
+        return probe.Features(*parts) if self.rank == 0 else None
+
+    def rows_of(self, module, pictures):
+        """(rows, labels, indices) of all readable pictures, on rank 0."""
+        loader = batches.plain_loader(pictures, self.source.plain, self.settings.batch, self.settings.workers,
+                                      rank=self.rank, world=self.world)
+        rows, labels, index = probe.extract(module, loader, pictures.labels, self.device)
+        if self.world == 1:
+            return rows, labels, index
+        found = [None] * self.world if self.rank == 0 else None
+        dist.gather_object((rows.cpu(), labels.cpu(), index), found)
+        if self.rank:
+            return None, None, None
+        rows, labels, index = (torch.cat(part) for part in zip(*found))
+        order = index.argsort()
+        return rows[order].to(self.device), labels[order].to(self.device), index[order]

@@ -6,7 +6,7 @@ from mutant import Mutant
 
 RING = "tests/test_distributed_ring.py::test_ranks"
 AGREEMENT = "tests/test_distributed_agreement.py::test_ranks"
-RESUME = "tests/test_example_resume.py::"
+RESUME = "tests/test_trainer_resume.py::"
 
 RANKS_FILE, JOINING_FILE = "fastcl/distributed.py", "fastcl/ops/joining.py"
 EXCHANGE = [
@@ -120,25 +120,11 @@ AGREED = [
 ]
 RESUMED = [
     Mutant(
-        "random numbers start anew",
-        "examples/simclr/checkpoint.py",
-        'torch.set_rng_state(states[rank]["cpu"].cpu())',
-        "torch.get_rng_state()",
-        RESUME + "test_one_process",
-    ),
-    Mutant(
         "batches start anew",
-        "examples/simclr/data.py",
-        "range(self.done, self.steps)",
-        "range(self.steps - self.done)",
+        "examples/simclr/batches.py",
+        "divmod(self.done * self.batch, self.length)",
+        "divmod(0, self.length)",
         RESUME + "test_one_process",
-    ),
-    Mutant(
-        "a checkpoint of other settings",
-        "examples/simclr/checkpoint.py",
-        "if saved.get(key) != value:",
-        "if False:",
-        RESUME + "test_refused_in_one_line",
     ),
 ]
 

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bf16
+import checkpoints
 import cuda
 import drop_ins
 import exchanges
@@ -35,6 +36,8 @@ import pairs_kernels
 import pairs_tiles
 import row_kernels
 import sorting
+import trainer_parts
+import trainer_report
 import triton_kernels
 from mutant import Mutant
 
@@ -53,10 +56,13 @@ MUTANTS = [
     *pairs.MUTANTS,
     *drop_ins.MUTANTS,
     *exchanges.MUTANTS,
+    *checkpoints.MUTANTS,
     *sorting.MUTANTS,
+    *trainer_parts.MUTANTS,
+    *trainer_report.MUTANTS,
 ]
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("csrc", "fastcl", "tests", "examples", "setup.py", "pyproject.toml")
+PARTS = ("csrc", "fastcl", "tests", "benchmarks", "examples", "setup.py", "pyproject.toml")
 TEST_SECONDS, BUILD_SECONDS = 180, 900
 # A copy whose code does not even run would turn any test red.
 BROKEN = re.compile(r"\b(ImportError|ModuleNotFoundError|SyntaxError|IndentationError|NameError|CompilationError)\b")

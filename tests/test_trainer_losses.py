@@ -8,11 +8,10 @@ import sys
 
 import pytest
 import torch
-from test_examples import ENVIRONMENT, EXAMPLES, SHORT, events, one_thread  # noqa: F401  (the fixture applies here too)
+from trainer_cases import ENVIRONMENT, EXAMPLES, SHORT, events, one_thread  # noqa: F401
 
-import demo
-from PIL import Image
-from simclr import cli, losses, plots
+from simclr import cli, losses
+from simclr.settings import objective, parse
 
 from fastcl import swd_loss
 
@@ -20,7 +19,11 @@ SWD = {"swd-normal": ("normal", 1.0), "swd-hypercube": ("hypercube", 1.0), "swd-
 
 
 def settings(*arguments):
-    return cli.parse(["digits", *arguments], "test")
+    return parse(["digits", *arguments], "test")
+
+
+def describe(chosen):
+    return objective(chosen)[1]
 
 
 def unit(z):
@@ -69,10 +72,9 @@ def test_each_loss_trains_and_is_named(name, tmp_path):
     values = [record["loss"] for record in events(tmp_path, "step")]
     assert len(values) == 2 and all(math.isfinite(value) for value in values)
     logged, wanted = events(tmp_path, "settings")[0], settings("--loss", name)
-    assert (logged["loss"], logged["loss_settings"]) == (name, losses.describe(wanted))
-    report = (tmp_path / "report.md").read_text()
-    assert f"Loss: {losses.LOSSES[name].title} ({losses.describe(wanted)})." in report
-    assert f"| loss | {name} |" in report and "None" not in report
+    assert (logged["loss"], logged["objective"]) == (name, " ".join(objective(wanted)))
+    report = (tmp_path / "report.html").read_text()
+    assert " ".join(describe(wanted).split()) in report and "None" not in report
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
@@ -96,7 +98,7 @@ def test_a_loss_takes_bf16(name):
     ("align-uniform", ["--loss-weight", "0.5"], "t 2, weight 0.5"),
 ])
 def test_settings_follow_the_loss_unless_given(name, options, expected):
-    assert losses.describe(settings("--loss", name, *options)) == expected
+    assert describe(settings("--loss", name, *options)) == expected
 
 
 def test_options_reach_the_loss():
@@ -108,10 +110,10 @@ def test_options_reach_the_loss():
 
 @pytest.mark.parametrize("arguments, expected", [
     (["--loss", "triplet"], "swd-normal"),
-    (["--loss", "swd-normal", "--temperature", "1"], "--temperature: expected --loss nt_xent or decoupled, got swd-n"),
-    (["--loss", "align-uniform", "--temperature", "1"], "got align-uniform"),
-    (["--loss-weight", "1"], "--loss-weight: expected --loss decoupled or "),
-    (["--loss", "decoupled", "--loss-weight", "0"], "positive float"),
+    (["--loss", "swd-normal", "--temperature", "1"], "--temperature: expected --loss nt_xent or --loss decoupled or --method moco-v2 or --method instdisc, got --loss swd"),
+    (["--loss", "align-uniform", "--temperature", "1"], "got --loss align-uniform"),
+    (["--loss-weight", "1"], "--loss-weight: expected --loss decoupled or --loss swd-normal"),
+    (["--loss", "decoupled", "--loss-weight", "0"], "float above 0"),
 ])
 def test_options_that_do_not_apply_are_one_line(arguments, expected, capfd):
     with pytest.raises(SystemExit) as stopped:
@@ -158,53 +160,3 @@ def test_two_processes_draw_alike(tmp_path):
         assert done.returncode == 0, done.stderr
         values.append([record["loss"] for record in events(tmp_path / name, "step")])
     assert values[0] == values[1]
-
-
-# The comparison of the demo
-
-
-def outcome(loss, trained, untrained=0.3, seconds=61.4):
-    probes = [dict(step=0, linear=untrained, knn=0.5), dict(step=1000, linear=trained, knn=0.875)]
-    return dict(loss=loss, settings=losses.describe(settings("--loss", loss)), probes=probes, seconds=seconds)
-
-
-def test_loss_table():
-    lines = demo.loss_table([outcome("nt_xent", 0.811), outcome("swd-normal", 0.7)]).splitlines()
-    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 8
-    assert lines[2] == "| nt_xent | temperature 0.2 | 81.1% | 30.0% | 87.5% | 50.0% | 61 |"
-    assert lines[3].startswith("| swd-normal | prior normal, weight 5 | 70.0% |") and len(lines) == 4
-
-
-def test_seed_table_ends_with_the_mean():
-    lines = demo.seed_table([3, 8], [(0.8, 0.3), (0.6, 0.4)]).splitlines()
-    assert lines[:2] == ["| seed | linear probe, trained | untrained |", "| --- | --- | --- |"]
-    assert lines[2:] == ["| 3 | 80.0% | 30.0% |", "| 8 | 60.0% | 40.0% |", "| mean | 70.0% | 35.0% |"]
-
-
-def test_picture_of_the_losses(tmp_path):
-    runs = [(loss.title, outcome(name, 0.7)["probes"]) for name, loss in losses.LOSSES.items()]
-    plots.loss_comparison(tmp_path / "losses.png", runs)
-    with Image.open(tmp_path / "losses.png") as picture:
-        assert picture.width > 400 and picture.height > 300
-
-
-@pytest.mark.parametrize("names, trained, failed", [
-    (["swd-normal", "decoupled"], {"swd-normal": 0.6, "decoupled": 0.7}, []),
-    (["swd-normal", "decoupled"], {"swd-normal": 0.6, "decoupled": 0.5}, ["decoupled: linear probe 50.0%"]),
-    ([], dict.fromkeys(losses.LOSSES, 0.8), []),
-])
-def test_demo_compares_losses(names, trained, failed, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cli, "run", lambda s: dict(outcome(s.loss, trained[s.loss]), report="report.md"))
-    code = demo.main(["--out", str(tmp_path), "--losses", *names])
-    messages = [line for line in capfd.readouterr().err.splitlines() if line.startswith("demo failed: ")]
-    assert code == bool(failed) and len(messages) == len(failed)
-    assert all(text in message for text, message in zip(failed, messages))
-    rows = (tmp_path / "losses.md").read_text().splitlines()[2:]
-    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(names or losses.LOSSES)
-    assert (tmp_path / "losses.png").exists()
-
-
-def test_demo_compares_losses_with_one_seed(capfd):
-    with pytest.raises(SystemExit) as stopped:
-        demo.main(["--losses", "--seeds", "0", "1"])
-    assert stopped.value.code == 2 and "one seed" in capfd.readouterr().err

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py --out benchmarks/results
 
-Writes <out>/<name of the GPU>/nt_xent.json, nt_xent.md, nt_xent.png, swd.json, swd.md, pairs.json, pairs.md and
-tests.txt. Each phase runs in processes of its own and has its share of the wall clock, so a hang or a crash costs that
+Writes <out>/<name of the GPU>/nt_xent.json, nt_xent.md, nt_xent.png, swd.json, swd.md, pairs.json, pairs.md,
+trainer.json, trainer.md and tests.txt. Each phase runs in processes of its own and has its share of the wall clock, so a hang or a crash costs that
 phase alone, and what was measured before it is kept. Exit status: 0 everything passed, 1 something did not, 2 there is
 no CUDA device. Targets that are missed are reported and do not change the status.
 """
@@ -35,7 +35,7 @@ from benchmarks import gpu_pairs_report, gpu_report, gpu_swd_report, report
 
 HERE = Path(__file__).resolve().parent
 # Shares of the wall clock. What a phase leaves over goes to those after it.
-SHARES = {"tests": 0.35, "selftest": 0.10, "cases": 0.18, "swd": 0.11, "pairs": 0.13, "tune": 0.13}
+SHARES = {"tests": 0.33, "selftest": 0.09, "cases": 0.17, "swd": 0.10, "pairs": 0.12, "trainer": 0.08, "tune": 0.11}
 # A process that was asked to end gets this long to write its summary.
 GRACE = 15.0
 # One case of the benchmark takes a few seconds, one that compiles perhaps a minute: after this it hangs.
@@ -230,6 +230,20 @@ def run_tune(results: dict, work: Path, seconds: float) -> None:
         results["problems"].append("sweep: ran out of time")
 
 
+def run_trainer(results: dict, folder: Path, work: Path, seconds: float) -> None:
+    """What the loss costs a step of the trainer, which needs more packages than the library."""
+    log = work / "trainer.log"
+    if missing := [name for name in ("torchvision", "timm", "tqdm", "PIL") if not importlib.util.find_spec(name)]:
+        print(f"trainer: not measured, without {', '.join(missing)}")
+        return
+    # Three cases and the search for the largest batch, which is written as far as it gets.
+    command = [sys.executable, str(HERE / "trainer.py"), "--folder", str(folder), "--seconds", str(seconds / 10)]
+    outcome = run_command(command, log, seconds - GRACE / 2)
+    if outcome["returncode"]:
+        why = "ran out of time" if outcome["timed_out"] else f"exit status {outcome['returncode']}"
+        results["problems"].append(f"trainer: {why}\n{log.read_text()[-4000:]}")
+
+
 def save(results: dict, folder: Path, name: str = "nt_xent", write=gpu_report.write) -> None:
     """Write what there is; a report that cannot be written is itself a problem."""
     results["passed"] = not results["problems"]
@@ -299,6 +313,7 @@ def main() -> int:
             "cases": lambda limit: run_cases("gpu_cases.py", results, work, limit),
             "swd": lambda limit: run_cases("gpu_swd.py", swd, work, limit),
             "pairs": lambda limit: run_pairs(pairs, folder, work, limit),
+            "trainer": lambda limit: run_trainer(results, folder, work, limit),
             "tune": lambda limit: run_tune(results, work, limit),
         })  # fmt: skip
     finally:

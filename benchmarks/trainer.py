@@ -163,16 +163,22 @@ def main() -> int:
     if args.arch:
         cases = [(args.arch, args.image_size, args.batch, args.chunks, args.precision)]
     results: dict = {"versions": report.versions(), "device": str(device), "cases": []}
+
+    def keep() -> None:
+        """After every part: what was measured survives what comes next."""
+        if args.folder:
+            args.folder.mkdir(parents=True, exist_ok=True)
+            report.write_json(args.folder / "trainer.json", results)
+            (args.folder / "trainer.md").write_text(markdown(results))
+
     for case in cases:
         print("measuring", *case, flush=True)
         results["cases"].append(measure(case, device, args.seconds))
+        keep()
     if device.type == "cuda" and not args.arch:
         results["largest"] = largest(device)
+        keep()
     print(markdown(results))
-    if args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        report.write_json(args.folder / "trainer.json", results)
-        (args.folder / "trainer.md").write_text(markdown(results))
     return 0
 
 

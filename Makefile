@@ -24,8 +24,8 @@ demo-losses: .venv/.examples .venv/.fastcl ## the demo with every loss, side by 
 demo-methods: .venv/.examples .venv/.fastcl ## the demo with every method, side by side in results/demo-methods/methods.md
 	$(PY) examples/demo.py --out results/demo-methods --methods
 
-test: .venv/.peers .venv/.fastcl ## run the tests, list the skipped ones with reasons
-	$(PY) -m pytest tests -rs
+test: .venv/.peers .venv/.fastcl ## run the tests on all cores, list the skipped ones with reasons
+	$(PY) -m pytest tests -rs -n auto --dist worksteal
 
 test-aot: .venv/.fastcl ## compile the whole launch table, and csrc/cuda by nvcc, for sm_80, sm_90 and sm_100
 	$(PY) tests/aot_report.py --all
@@ -60,7 +60,7 @@ clean: ## remove environments, builds and results
 .venv/.base: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3: expected 3.11 or later, got " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(PY) $(PIP) -c constraints.txt torch triton numpy pybind11 ninja setuptools wheel build pytest pytest-benchmark
+	$(PY) $(PIP) -c constraints.txt torch triton numpy pybind11 ninja setuptools wheel build pytest pytest-benchmark pytest-xdist
 	touch $@
 
 .venv/.examples: .venv/.base

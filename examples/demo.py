@@ -6,6 +6,7 @@ before training. `--losses` does it once a loss and sets the losses side by side
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -28,12 +29,21 @@ METHOD_RECIPES = {"simclr": (), "moco-v2": ("--momentum", "0.99"), "instdisc": (
 def run(seed, out, name="nt_xent", arguments=()):
     """One training; what came out, and the text of its settings."""
     settings = parse(["digits", *RECIPE, *arguments, "--seed", str(seed), "--out", str(out)], "demo.py")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # those of the demo before
-    outcome = cli.run(settings)
+    _clear(out, settings)
+    with cli.one_line("demo.py"):
+        outcome = cli.run(settings)
     print(f"{name}, seed {seed}, {outcome['seconds']:.0f} s: ", end="")
     cli.print_outcome(outcome)
     title, text = objective(settings)
     return dict(outcome, name=name, title=title, settings=text)
+
+
+def _clear(out, settings):
+    """Remove the checkpoints of the same demo before; those of any other run stay, and the run is refused."""
+    log = out / "log.jsonl"
+    before = json.loads(log.read_text().partition("\n")[0] or "{}") if log.exists() else {}
+    if all(before.get(name) == getattr(settings, name) for name in ("data", "steps", "eval_every")):
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def scores(outcome, probe="linear"):

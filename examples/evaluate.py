@@ -8,7 +8,6 @@ of the test pictures.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors import safe_open
 from simclr import batches, checkpoint, data, model, probe
 from simclr.cli import find_device
 from simclr.errors import UsageError
-from simclr.settings import ANY_COUNT, COUNT, Parser
+from simclr.settings import ANY_COUNT, COUNT, Parser, usual_workers
 
 SOLVERS = tuple(probe.SOLVERS)
 ENCODER = "network.encoder."  # how names of the encoder's weights begin among those of a training method
@@ -34,7 +33,7 @@ def parse(arguments, prog):
                         "finds the minimum, sgd goes as far as in MoCo's paper (%(default)s)")
     parser.add_argument("--k", type=COUNT, default=20, help="neighbours that vote (%(default)s)")
     parser.add_argument("--batch", type=COUNT, default=256, help="pictures at a time (%(default)s)")
-    parser.add_argument("--workers", type=ANY_COUNT, default=max(1, min(8, (os.cpu_count() or 1) - 1)),
+    parser.add_argument("--workers", type=ANY_COUNT, default=usual_workers(),
                         help="processes that read pictures (%(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (cuda where there is one)")
     parser.add_argument("--json", metavar="PATH", type=Path, help="write the scores to this file as well")
@@ -51,7 +50,7 @@ def load(path):
     contents = checkpoint.read(path)
     settings, trained = contents["settings"], contents["modules"]["method"]
     weights = {name.removeprefix(ENCODER): weight for name, weight in trained.items() if name.startswith(ENCODER)}
-    channels = next(weight.shape[1] for weight in weights.values() if weight.ndim == 4)  # the first layer's
+    channels = settings["channels"]
     encoder = model.build_encoder(settings["arch"], channels, settings["image_size"], settings["width"])
     if settings["norm"] == "group":
         encoder = model.group_norm(encoder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from trainer_cases import one_thread  # noqa: F401
 
@@ -65,12 +67,22 @@ def test_demo_compares(kind, option, names, trained, failed, tmp_path, monkeypat
     assert (tmp_path / f"{kind}.png").exists()
 
 
-def test_demo_starts_anew_where_it_ran_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize("data, kept", [("digits", False), ("/data/imagenet", True)])
+def test_demo_starts_anew_where_it_ran_before_alone(data, kept, tmp_path, monkeypatch):
     left = tmp_path / "checkpoints" / "step-00000001.ckpt"
     left.parent.mkdir()
-    left.write_bytes(b"of the demo before")
+    left.write_bytes(b"a checkpoint")
+    settings = dict(event="settings", data=data, steps=1000, eval_every=200)
+    (tmp_path / "log.jsonl").write_text(json.dumps(settings) + "\n{}\n")
     monkeypatch.setattr(cli, "run", lambda settings: outcome(("--loss", "nt_xent"), 0.8))
-    assert demo.main(["--out", str(tmp_path)]) == 0 and not left.exists()
+    assert demo.main(["--out", str(tmp_path)]) == 0 and left.exists() == kept
+
+
+def test_demo_ends_in_one_line(tmp_path, capfd):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2 and capfd.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--losses", "--seeds", "0", "1"], ["--losses", "--methods"]])

@@ -14,7 +14,7 @@ from trainer_cases import ENVIRONMENT, EXAMPLES, one_thread, picture_folder  # n
 import evaluate
 from simclr import checkpoint, data, model, probe
 
-BUILT = dict(arch="convnet", width=4, image_size=16, norm="batch")
+BUILT = dict(arch="convnet", width=4, channels=3, image_size=16, norm="batch")
 COMMON = ["--workers", "0", "--device", "cpu"]
 
 
@@ -83,7 +83,7 @@ def test_scores_of_a_checkpoint(norm, tmp_path, pictures, capsys):
 
 def test_an_exported_encoder_scores_the_same(tmp_path, pictures):
     encoder = trained()
-    checkpoint.export_encoder(tmp_path / "encoder.safetensors", encoder, dict(BUILT, channels=3))
+    checkpoint.export_encoder(tmp_path / "encoder.safetensors", encoder, BUILT)
     exported = scores_of(tmp_path, tmp_path / "encoder.safetensors", pictures)["probes"]
     saved = scores_of(tmp_path, checkpoint_of(tmp_path, encoder), pictures)["probes"]
     assert exported == saved and list(saved) == ["linear, lbfgs", "kNN, k = 20"]

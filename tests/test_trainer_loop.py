@@ -141,7 +141,7 @@ def test_nan_names_its_step_and_the_last_checkpoint(tmp_path, capfd, monkeypatch
     assert cli.main([*run, "--checkpoint-every", "2"]) == 1
     message = capfd.readouterr().err.splitlines()[-1]
     assert "step 3: the loss is nan" in message and "last checkpoint: " in message
-    newest = message.rpartition("last checkpoint: ")[2]
+    newest = message.rpartition("last checkpoint: ")[2].removesuffix(" (--resume)")
     assert checkpoint.read(newest)["step"] == 2
     calls.clear()
     assert cli.main([*run, "--out", str(tmp_path / "other")]) == 1
@@ -152,7 +152,8 @@ def start(tmp_path, *arguments):
     """A run of its own that has begun to train, and would take minutes."""
     command = [sys.executable, str(EXAMPLES / "simclr_imagenet.py"), "digits", "--no-probe", "--width", "4", "--batch",
                "32", "--steps", "100000", "--log-every", "1", "--out", str(tmp_path), "--device", "cpu", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                               start_new_session=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (tmp_path / "log.jsonl").exists() and events_so_far(tmp_path):
@@ -169,7 +170,7 @@ def events_so_far(folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint(number, tmp_path):
     process = start(tmp_path, "--workers", "1")
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal and torchrun send it: to the reading processes too
     message = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number, message
     last = message.splitlines()[-1]
@@ -187,7 +188,9 @@ def test_a_worker_that_dies_is_one_line(tmp_path):
         os.kill(worker, signal.SIGKILL)
     message = process.communicate(timeout=120)[1]
     assert workers and process.returncode == 1, message
-    assert "a process that reads pictures died" in message.splitlines()[-1] and "Traceback" not in message
+    last = message.splitlines()[-1]
+    assert "a process that reads pictures died" in last and "there is no checkpoint" in last
+    assert "Traceback" not in message
 
 
 def test_a_full_disk_is_one_line(tmp_path, capfd):
@@ -197,16 +200,50 @@ def test_a_full_disk_is_one_line(tmp_path, capfd):
     assert "No space left on device" in message
 
 
-def test_other_errors_of_the_loader_are_not_hidden(tmp_path, monkeypatch):
+def test_a_mistake_in_a_worker_is_not_taken_for_its_death(tmp_path):
+    trainer, _ = prepared(tmp_path, "--workers", "1")
+
+    def mistaken(picture):
+        raise RuntimeError("a mistake")
+
+    trainer.source.views = mistaken
+    with pytest.raises(RuntimeError, match="a mistake"):
+        trainer.run()
+
+
+def test_a_ruined_network_is_not_kept(tmp_path):
+    """By the last update: the loss before it was sound."""
     trainer, _ = prepared(tmp_path)
-    monkeypatch.setattr(train.batches, "train_loader", lambda *a, **k: iter(raising()))
-    with pytest.raises(RuntimeError, match="something else"):
-        next(iter(trainer._batches()))
+    with torch.no_grad():
+        trainer.method.network.head[0].weight[0, 0] = math.inf
+    with pytest.raises(RunError, match="step 7: weights became infinite or NaN.*there is no checkpoint"):
+        trainer._save(7)
+    assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
 
 
-def raising():
-    raise RuntimeError("something else")
-    yield
+def test_ctrl_c_before_the_first_step(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "probe", lambda self, step: os.kill(os.getpid(), signal.SIGINT))
+    assert cli.main([*DIGITS, "--out", str(tmp_path)]) == 130
+    assert "stopped after step 0; there is no checkpoint" in capfd.readouterr().err
+
+
+def test_seconds_add_up_over_the_parts_of_a_run(tmp_path):
+    run = [*DIGITS, "--out", str(tmp_path)]
+    assert cli.main(run) == 0
+    (first,) = events(tmp_path, "end")
+    assert cli.main([*run, "--resume"]) == 0
+    assert events(tmp_path, "end")[-1]["seconds"] > events(tmp_path, "checkpoint")[-1]["seconds"] > 0.5 * first["seconds"]
+
+
+def test_workers_prepare_no_more_than_fits(monkeypatch):
+    from simclr import batches, data
+
+    source = data.open_data("digits")
+    size = 16 * 2 * 48 * 48 * 4  # bytes of a batch
+    for ahead, expected in ((size * 100, batches.PREFETCH), (size * 4, 2), (1, 1)):
+        monkeypatch.setattr(batches, "AHEAD", ahead)
+        keys = batches.EpochBatches(len(source.train), 16, 4, 0)
+        assert batches.train_loader(source, keys, 0, workers=2).prefetch_factor == expected
 
 
 def test_run_error_is_no_usage_error():

@@ -113,7 +113,7 @@ def test_options_reach_the_loss():
     (["--loss", "swd-normal", "--temperature", "1"], "--temperature: expected --loss nt_xent or --loss decoupled or --method moco-v2 or --method instdisc, got --loss swd"),
     (["--loss", "align-uniform", "--temperature", "1"], "got --loss align-uniform"),
     (["--loss-weight", "1"], "--loss-weight: expected --loss decoupled or --loss swd-normal"),
-    (["--loss", "decoupled", "--loss-weight", "0"], "float above 0"),
+    (["--loss", "decoupled", "--loss-weight", "0"], "float of at least 1e-30"),
 ])
 def test_options_that_do_not_apply_are_one_line(arguments, expected, capfd):
     with pytest.raises(SystemExit) as stopped:

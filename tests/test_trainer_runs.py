@@ -195,8 +195,8 @@ def test_bad_data_is_one_line(case, tmp_path, capfd):
 @pytest.mark.parametrize("arguments, expected", [
     (["--batch", "0"], "int of at least 1"),
     (["--batch", "many"], "--batch"),
-    (["--lr", "nan"], "float above 0"),
-    (["--lr", "inf"], "float above 0"),
+    (["--lr", "nan"], "float of at least 1e-30"),
+    (["--lr", "inf"], "float of at least 1e-30"),
     (["--warmup", "2"], "at most 1"),
     (["--seed", "-1"], "--seed"),
     (["--checkpoint-every", "-1"], "--checkpoint-every"),
@@ -208,6 +208,7 @@ def test_bad_data_is_one_line(case, tmp_path, capfd):
     (["--method", "byol", "--loss", "nt_xent"], "--loss: expected --method simclr, got --method byol"),
     (["--queue", "64"], "--queue: expected --method moco-v2, got --loss nt_xent"),
     (["--norm", "group", "--bn-splits", "2"], "--bn-splits"),
+    (["--bank-momentum", "1"], "--bank-momentum"),
     (["--unknown"], "--unknown"),
 ])
 def test_bad_settings_are_one_line(arguments, expected, capfd):
@@ -220,6 +221,9 @@ def test_bad_settings_are_one_line(arguments, expected, capfd):
 @pytest.mark.parametrize("arguments, expected", [
     (["--arch", "vgg"], "--arch"),
     (["--device", "tpu"], "--device"),
+    (["--device", "meta"], "--device"),
+    (["--batch", "16", "--grad-cache-chunks", "9"], "--grad-cache-chunks"),
+    (["--batch", "16", "--grad-cache-chunks", "2", "--bn-splits", "5"], "--bn-splits"),
     (["--batch", "1"], "at least 2"),
     (["--batch", "2000"], "--batch 2000"),
     (["--method", "moco-v2", "--queue", "100"], "--queue"),

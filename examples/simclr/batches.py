@@ -5,6 +5,7 @@ of worker processes or on which of them handled a picture. Pictures that cannot 
 and named there.
 """
 
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 PREFETCH = 4  # batches that each worker prepares ahead: what evens out pictures that take long to read
+AHEAD = 4 << 30  # bytes that all workers of a process may prepare ahead, in memory that they share with it
 
 
 @dataclass
@@ -140,10 +142,18 @@ def steps_of(epochs, length, batch):
     return -(-epochs * length // batch)
 
 
-def _loader(dataset, workers, pin, **options):
+def _leave_signals_alone(_worker):
+    """Ctrl-C and SIGTERM reach the whole group of processes: the main one ends the run, and its workers with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _loader(dataset, workers, pin, batch_bytes=0, **options):
     """Each worker computes with one thread, by the loader's own doing: pools of several would fight over the cores."""
     if workers:
-        options |= dict(persistent_workers=True, prefetch_factor=PREFETCH)
+        fits = AHEAD // (workers * max(batch_bytes, 1))
+        options |= dict(persistent_workers=True, prefetch_factor=max(1, min(PREFETCH, fits)),
+                        worker_init_fn=_leave_signals_alone)
     # A loader draws a seed for its workers: from here, so that the draws of a loss do not depend on the loaders.
     return DataLoader(dataset, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options)
 
@@ -155,7 +165,9 @@ def train_loader(source, batches, seed, workers, pin=False, views=2, on_device=F
     makes random views of such a batch on its device, one more at every call.
     """
     transform, count = (source.raw, 1) if on_device else (source.views, views)
-    return _loader(RandomViews(source.train, transform, seed, count), workers, pin, batch_sampler=batches,
+    pictures = batches.share.stop - batches.share.start
+    size = pictures * count * source.channels * source.image_size**2 * 4  # of floats, the larger kind
+    return _loader(RandomViews(source.train, transform, seed, count), workers, pin, size, batch_sampler=batches,
                    collate_fn=collate)
 
 

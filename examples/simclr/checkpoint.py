@@ -194,7 +194,7 @@ class Checkpoints:
         if which is None:
             found = [path.name for _, path in saved] + [BEST] * best.exists()
             if found:
-                raise UsageError(f"{self.folder}: expected no checkpoints where a run begins anew (or --resume auto), "
+                raise UsageError(f"{self.folder}: expected no checkpoints where a run begins anew (another --out, or --resume), "
                                  f"got {found[0]}")
             return None
         self.best = self._score(best)

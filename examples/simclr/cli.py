@@ -1,7 +1,8 @@
 """From a command line to a finished run: device, seed, processes, output folder, exit codes."""
 
+import contextlib
+import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -24,15 +25,20 @@ def find_device(name):
         if device.type == "cuda" and dist.is_torchelastic_launched():
             device = torch.device("cuda", dist.get_node_local_rank())
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device: expected auto, cpu or a CUDA device of this machine, got {name}") from error
+    except (RuntimeError, AssertionError, NotImplementedError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        found = torch.cuda.device_count()
+        raise UsageError(f"--device: expected auto, cpu or one of {found} CUDA devices, one for each process, got {name}")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events and pinned memory are of the current one
     return device
 
 
 def _fill_in(settings, source):
     """What follows from the data."""
     settings.steps = settings.steps or batches.steps_of(settings.epochs, len(source.train), settings.batch)
-    settings.image_size = source.image_size
+    settings.image_size, settings.channels = source.image_size, source.channels
     if settings.method == "moco-v2" and settings.queue is None:
         settings.queue = min(65536, 1 << len(source.train).bit_length() - 1)
 
@@ -40,6 +46,11 @@ def _fill_in(settings, source):
 def _check(settings, source, world):
     if settings.batch < 2 * world:
         raise UsageError(f"--batch: expected at least 2 pictures for each of {world} processes, got {settings.batch}")
+    share = settings.batch // world // settings.grad_cache_chunks
+    if share < 2 * settings.bn_splits:
+        option = "--bn-splits" if settings.bn_splits > 1 else "--grad-cache-chunks"
+        raise UsageError(f"{option}: expected at least 2 pictures for each part of a process' batch of "
+                         f"{settings.batch // world}, got {settings.grad_cache_chunks * settings.bn_splits} parts")
     if len(source.train) < settings.batch:
         raise UsageError(f"{settings.data}: expected at least --batch {settings.batch} training pictures, "
                          f"got {len(source.train)}")
@@ -70,22 +81,21 @@ def run(settings):
         torch.set_num_threads(max(1, torch.get_num_threads() - settings.workers))
     distributed = dist.is_torchelastic_launched()
     if distributed:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         # Beside NCCL a backend for the CPU: the losses' settings travel there, so that no step waits for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        return _run(settings, device, rank, world)
-    finally:
-        if distributed:
-            dist.destroy_process_group()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    outcome = _run(settings, device, rank, world)
+    if distributed:
+        dist.destroy_process_group()  # after an error it could wait for others: `one_line` ends the process instead
+    return outcome
 
 
 def _method(settings, source, device, world):
     method = methods.build(settings, source, DTYPES[settings.precision])
     if world > 1 and device.type == "cuda" and settings.bn_splits == 1:  # PyTorch has none for the CPU
-        method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        from timm.layers import convert_sync_batchnorm  # PyTorch's would drop activations that timm keeps in norms
+
+        method = convert_sync_batchnorm(method)
     method = method.to(device, memory_format=torch.channels_last)
     if settings.compile:
         for network in method.modules():
@@ -120,9 +130,8 @@ def _run(settings, device, rank, world):
     _check(settings, source, world)
     trainer = _prepare(settings, source, device, rank, world)
     log, encoder = trainer.log, trainer.method.network.encoder
-    started = time.perf_counter()
     trainer.run()
-    facts = dict(seconds=time.perf_counter() - started, device=_device_name(device), processes=world,
+    facts = dict(seconds=trainer.elapsed(), device=_device_name(device), processes=world,
                  parameters=sum(p.numel() for p in encoder.parameters()), torch=torch.__version__)
     log.write("end", **facts)
     log.close()
@@ -147,23 +156,36 @@ def _device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
 
 
+@contextlib.contextmanager
+def one_line(prog):
+    """Ends the process with one line and an exit code where a run inside ends by what is no mistake in the program."""
+    try:
+        yield
+        return
+    except (UsageError, RunError, Interrupted) as error:
+        code, message = error.code, error
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
+    except torch.OutOfMemoryError as error:
+        code, message = 1, f"the GPU's memory is full; a smaller --batch or more --grad-cache-chunks take less ({error})"
+    except OSError as error:
+        code, message = 1, error
+    print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(code)  # others may be in an exchange with this process, which an orderly end would wait for
+    raise SystemExit(code)
+
+
 def main(arguments=None, prog="simclr_imagenet.py"):
     """Exit code: 0, 1 where training failed, 2 for settings or data that the person can put right, 128 + a signal."""
+    settings = parse(arguments, prog)
     try:
-        outcome = run(parse(arguments, prog))
-    except (UsageError, RunError, Interrupted) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return error.code
-    except torch.OutOfMemoryError as error:
-        print(f"{prog}: the GPU's memory is full; a larger --grad-cache-chunks takes less of it "
-              f"({str(error).splitlines()[0]})", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{prog}: {error.filename or '--out'}: expected to be able to write, got {error.strerror}",
-              file=sys.stderr)
-        return 1
-    if outcome:
-        print_outcome(outcome)
+        with one_line(prog):
+            outcome = run(settings)
+            if outcome:
+                print_outcome(outcome)
+    except SystemExit as ended:
+        return ended.code
     return 0
 
 

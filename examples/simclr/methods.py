@@ -15,6 +15,7 @@ import copy
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastcl import InstanceDiscrimination, Queue, alignment_loss, contrastive_stats, info_nce
@@ -50,7 +51,7 @@ class Average(nn.Module):
 
     @torch.no_grad()
     def forward(self, pictures):
-        return torch.cat([self.network(part) for part in pictures.chunk(self.parts)])
+        return torch.cat([self.network(part) for part in pictures.tensor_split(self.parts)])
 
     @torch.no_grad()
     def move(self, network, momentum):
@@ -152,8 +153,8 @@ class InstDisc(Method):
 
     def top1(self, rows, targets):
         index, bank = targets
-        nearest = [(part @ bank.T).argmax(1) for part in rows[0].float().split(1024)]
-        return (torch.cat(nearest) == index).double().mean()
+        nearest = [(part @ bank.T).argmax(1) for part in rows[0].float().split(_rows_beside(bank))]
+        return _mean_over_ranks(torch.cat(nearest) == index)
 
 
 class BYOL(Method):
@@ -168,14 +169,16 @@ class BYOL(Method):
 
     @torch.no_grad()
     def targets(self, views, index):
-        return self.average(torch.cat(views)).chunk(2)
+        return self.average(torch.cat(views)).float().chunk(2)
 
     def loss(self, rows, targets):
+        # In float32: autocast gives a predictor that ends in a product another dtype than a head that ends in a norm.
+        rows = [row.float() for row in rows]
         # |a - b|^2 = 2 - 2 cos(a, b) for unit rows; each view predicts the other one.
         return alignment_loss(rows[0], targets[1]) + alignment_loss(rows[1], targets[0])
 
     def top1(self, rows, targets):
-        return contrastive_stats(rows[0], targets[1]).top1
+        return contrastive_stats(rows[0].float(), targets[1]).top1
 
     def update(self, targets, progress):
         # From its first value to 1 along half a cosine, as published.
@@ -188,8 +191,20 @@ METHODS = {"simclr": SimCLR, "moco-v2": MoCo, "instdisc": InstDisc, "byol": BYOL
 def nearest_is_positive(query, keys, negatives):
     """Share of queries that are nearer to their key than to every negative."""
     query, keys, negatives = (nn.functional.normalize(x.float(), dim=1) for x in (query, keys, negatives))
-    nearest = torch.cat([(part @ negatives.T).amax(1) for part in query.split(1024)])
-    return ((query * keys).sum(1) > nearest).double().mean()
+    nearest = torch.cat([(part @ negatives.T).amax(1) for part in query.split(_rows_beside(negatives))])
+    return _mean_over_ranks((query * keys).sum(1) > nearest)
+
+
+def _rows_beside(bank):
+    """How many rows to compare with a bank at a time: 256 MB of similarities."""
+    return max(1, 2**26 // len(bank))
+
+
+def _mean_over_ranks(hits):
+    counts = torch.stack([hits.double().sum(), hits.new_tensor(len(hits), dtype=torch.float64)])
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts[0] / counts[1]
 
 
 def build(settings, source, dtype=None):

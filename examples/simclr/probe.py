@@ -41,7 +41,7 @@ def extract(encoder, loader, labels, device):
     """Features [n, d], labels [n] and indices [n] of all readable pictures; the encoder in eval mode meanwhile."""
     was_training = encoder.training
     encoder.eval()
-    features, indices = [], []
+    features, indices, unreadable = [], [], []
     for pictures, index, unreadable in loader:
         if pictures is not None:
             pictures = pictures.to(device, memory_format=torch.channels_last)
@@ -49,7 +49,8 @@ def extract(encoder, loader, labels, device):
             indices.append(index)
     encoder.train(was_training)
     if not features:
-        raise UsageError(f"{unreadable[0]}: expected pictures that can be read for the probe, got none")
+        name = unreadable[0] if unreadable else "a split"
+        raise UsageError(f"{name}: expected pictures that can be read for the probe, got none")
     indices = torch.cat(indices)
     return torch.cat(features), labels[indices].to(device), indices
 

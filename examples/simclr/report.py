@@ -227,7 +227,7 @@ def _commands(run):
         option = name.replace("_", "-")
         if value is False and name in NEGATED:
             words.append(f"--no-{option}")
-        elif name not in ("data", "resume") and value is not None and value is not False:
+        elif name not in ("data", "resume", "channels") and value is not None and value is not False:
             words += [f"--{option}", *([] if value is True else [str(value)])]
     parts = [tag("p", "This run again; where its folder has a checkpoint, on from there."),
              tag("pre", shlex.join([*words, "--resume"]))]

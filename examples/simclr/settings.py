@@ -15,22 +15,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def between(kind, low, high, open_low=False):
-    """An argument's type: a number of `kind` from low to high; open_low leaves low itself out."""
+def between(kind, low, high):
+    """An argument's type: a number of `kind` from low to high."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or (open_low and value == low):
+        if not low <= value <= high:
             raise ValueError
         return value
 
-    limit = "above" if open_low else "of at least"  # argparse puts the name into its message
-    parse.__name__ = f"{kind.__name__} {limit} {low}" + (f" and at most {high}" if high < 2**62 else "")
+    # argparse puts the name into its message.
+    parse.__name__ = f"{kind.__name__} of at least {low}" + (f" and at most {high}" if high < 2**62 else "")
     return parse
 
 
 COUNT, ANY_COUNT = between(int, 1, 2**62), between(int, 0, 2**62)
-NUMBER, SHARE = between(float, 0, 1e30, open_low=True), between(float, 0, 1)
+NUMBER, SHARE = between(float, 1e-30, 1e30), between(float, 0, 1)
+
+
+def usual_workers():
+    """A core is left for each process that trains."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def _by_objective(argument):
@@ -51,7 +57,7 @@ def parser(prog):
     result.add_argument("data", metavar="DATA", help="folder of pictures, one sub-folder per class (or train/ and val/ "
                         "like that); `digits`, the small set that comes with scikit-learn; or `synthetic`, made up, to "
                         "measure with")
-    result.add_argument("--out", default="results/simclr", help="folder for what comes out (%(default)s)")
+    result.add_argument("--out", help="folder for what comes out; default: results/, with the names of data and method")
     _add_objective(result)
     _add_model_and_data(result)
     _add_training(result)
@@ -59,7 +65,7 @@ def parser(prog):
     group.add_argument("--log-every", type=COUNT, default=10, help="steps between log lines (%(default)s)")
     group.add_argument("--eval-every", type=ANY_COUNT, default=0, help="steps between probes; 0: before and after only")
     group.add_argument("--no-probe", action="store_true", help="train without labels")
-    group.add_argument("--checkpoint-every", type=ANY_COUNT, default=0, help="steps between checkpoints (0: none)")
+    group.add_argument("--checkpoint-every", type=ANY_COUNT, default=0, help="steps between checkpoints (0: at the end)")
     group.add_argument("--keep", type=COUNT, default=3, help="checkpoints to keep, beside the best (%(default)s)")
     group.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
                        help="go on from this checkpoint, or from the newest sound one in --out (without PATH, or `auto`)")
@@ -78,9 +84,9 @@ def _add_objective(result):
                        + _by_objective("weight"))
     group.add_argument("--momentum", type=SHARE, help="of the moving average of the network; "
                        + _by_objective("momentum"))
-    group.add_argument("--queue", type=COUNT, help="keys that are kept as negatives; default: 65536, or fewer where "
+    group.add_argument("--queue", type=between(int, 1, 2**28), help="keys that are kept as negatives; default: 65536, or fewer where "
                        "there are fewer pictures")
-    group.add_argument("--bank-momentum", type=SHARE, help="of a picture's row in the memory bank; "
+    group.add_argument("--bank-momentum", type=between(float, 0, 0.9999), help="of a picture's row in the memory bank; "
                        + _by_objective("bank_momentum"))
     group.add_argument("--noise", type=COUNT, help="estimate instdisc's softmax from so many samples of the bank "
                        "(default: the whole of it, exact)")
@@ -105,8 +111,8 @@ def _add_model_and_data(result):
     group.add_argument("--blur", action=argparse.BooleanOptionalAction, help="default: above 96 pixels only")
     group.add_argument("--augment", choices=("workers", "device"), default="workers",
                        help="where views are made (%(default)s); device: by kornia, a batch at a time")
-    group.add_argument("--workers", type=ANY_COUNT, default=max(1, min(8, (os.cpu_count() or 1) - 1)),
-                       help="processes that read pictures (%(default)s)")
+    group.add_argument("--workers", type=ANY_COUNT, default=usual_workers(),
+                       help="processes that read pictures, for each process that trains (%(default)s)")
 
 
 def _add_training(result):
@@ -141,6 +147,7 @@ def parse(arguments, prog):
     elif settings.loss:
         reader.error(f"argument --loss: expected --method simclr, got --method {settings.method}")
     _fill_in(settings, reader.error)
+    settings.out = settings.out or f"results/{os.path.basename(os.path.abspath(settings.data))}-{settings.method}"
     settings.arch = settings.arch or ("convnet" if settings.data == "digits" else "resnet50")
     settings.optimizer = settings.optimizer or ("adamw" if settings.arch == "convnet" else method.recipe["optimizer"])
     for name, value in zip(("lr", "lr_scaling", "weight_decay"), RECIPES[settings.optimizer]):

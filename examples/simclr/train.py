@@ -30,22 +30,41 @@ class Trainer:
         self.warmup = round(settings.warmup * settings.steps)
         self.clock = StepClock(device)
         self._unchecked = []  # (step, loss) since the last look at them
+        self._features = None  # of the last probe, on rank 0
+        self._before = sum(record["seconds"] for record in log.of("checkpoint")[-1:]) if log else 0.0
+        self._started = time.perf_counter()
         self._device_views = source.device_views().to(device) if settings.augment == "device" else None
 
     def run(self):
         """Train up to `settings.steps` steps, with probes before, in between and after."""
-        settings = self.settings
-        if not self.done:
-            self.probe(0)
-        self.method.train()
-        with progress_bar(settings, self.done, self.rank) as bar, Interrupts() as interrupts:
-            for step, batch in enumerate(self._batches(), self.done + 1):
-                self._train_step(step, batch, bar)
-                if step < settings.steps and (number := interrupts.anywhere(self.world)):
-                    self._look_at_losses()
-                    self._save(step)
-                    raise Interrupted(number, f"stopped after step {step}; {self._last_checkpoint()}; "
-                                              "--resume goes on from there")
+        step = self.done
+        try:
+            with Interrupts() as interrupts:
+                if not self.done:
+                    self.probe(0)
+                self._stop_if_asked(interrupts, step)
+                self.method.train()
+                self.clock.lap(None)
+                with progress_bar(self.settings, self.done, self.rank) as bar:
+                    for step, batch in enumerate(self._batches(), self.done + 1):
+                        self._train_step(step, batch, bar)
+                        self._stop_if_asked(interrupts, step)
+        except RuntimeError as error:
+            # PyTorch raises it wherever the main process happens to be.
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise RunError(f"after step {step}: a process that reads pictures died (out of memory?), --workers "
+                           f"{self.settings.workers}; {self._last_checkpoint()}") from error
+
+    def _stop_if_asked(self, interrupts, step):
+        if number := interrupts.anywhere(self.world):
+            if self.done < step < self.settings.steps:
+                self._save(step)
+            raise Interrupted(number, f"stopped after step {step}; {self._last_checkpoint()}")
+
+    def elapsed(self):
+        """Seconds of training, those before the checkpoint that it went on from included."""
+        return self._before + time.perf_counter() - self._started
 
     def _train_step(self, step, batch, bar):
         settings = self.settings
@@ -59,7 +78,6 @@ class Trainer:
         probed = last or (settings.eval_every and step % settings.eval_every == 0)
         score = self.probe(step) if probed else None
         if last or (settings.checkpoint_every and (probed or step % settings.checkpoint_every == 0)):
-            self._look_at_losses()
             self._save(step)
             if probed and not settings.no_probe:
                 self.checkpoints.save_best(step, score)
@@ -70,17 +88,9 @@ class Trainer:
         settings, source = self.settings, self.source
         keys = batches.EpochBatches(len(source.train), settings.batch, settings.steps, settings.seed, self.rank,
                                     self.world, self.done)
-        loader = iter(batches.train_loader(source, keys, settings.seed, settings.workers,
-                                           pin=self.device.type == "cuda", views=self.method.views,
-                                           on_device=self._device_views is not None))
-        for step in range(self.done + 1, settings.steps + 1):
-            try:
-                batch = next(loader)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise RunError(f"step {step}: a process that reads pictures died (out of memory?), "
-                               f"--workers {settings.workers}; {self._last_checkpoint()}") from error
+        loader = batches.train_loader(source, keys, settings.seed, settings.workers, pin=self.device.type == "cuda",
+                                      views=self.method.views, on_device=self._device_views is not None)
+        for step, batch in enumerate(loader, self.done + 1):
             if batch.unreadable:
                 self.log.write("unreadable", step=step, pictures=batch.unreadable)
             if len(batch.index) < 2:  # batch norm needs two
@@ -95,9 +105,9 @@ class Trainer:
             group["lr"] = lr
         views = [view.to(self.device, non_blocking=True, memory_format=torch.channels_last) for view in batch.views]
         index = batch.index.to(self.device, non_blocking=True)
-        self.clock.lap("data")
         if self._device_views is not None:
             views = [self._device_views(views[0]) for _ in range(self.method.views)]
+        self.clock.lap("data")
         targets = self.method.targets(views, index)
         self.optimizer.zero_grad()
         loss, rows = self._backward(self.method.online(views), targets)
@@ -121,7 +131,7 @@ class Trainer:
             rows.register_hook(lambda _: self.clock.lap("loss"))
             return self.scaler.scale(loss)
 
-        pictures = torch.cat(views)
+        pictures = torch.cat(views) if len(views) > 1 else views[0]
         if chunks > 1:
             cached_backward(self.parallel, [pictures], loss_of, chunks)
         else:
@@ -143,9 +153,16 @@ class Trainer:
 
     def _last_checkpoint(self):
         newest = self.checkpoints.newest
-        return f"last checkpoint: {newest}" if newest else "there is no checkpoint"
+        return f"last checkpoint: {newest} (--resume)" if newest else "there is no checkpoint"
 
     def _save(self, step):
+        """A checkpoint, of a network that can go on: the last update may have ruined what the last loss came from."""
+        self._look_at_losses()
+        finite = [parameter.isfinite().all() for parameter in self.method.network.parameters()]
+        if not torch.stack(finite).all():
+            raise RunError(f"step {step}: weights became infinite or NaN; a lower --lr or a longer --warmup may help; "
+                           f"{self._last_checkpoint()}")
+        self.log.write("checkpoint", step=step, seconds=round(self.elapsed(), 2))
         modules = {"method": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
         self.checkpoints.save(step, modules, self.log.records)
 
@@ -165,6 +182,7 @@ class Trainer:
             return None
         started = time.perf_counter()
         features, score = self.features(), None
+        self._features = step, features
         if self.rank == 0:
             if step == 0:
                 self._log_unread(step, features)
@@ -172,6 +190,8 @@ class Trainer:
             self.log.write("probe", step=step, linear=linear.top1, linear_top5=linear.top5, knn=knn.top1,
                            knn_top5=knn.top5, seconds=round(time.perf_counter() - started, 2))
             score = linear.top1
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # what the log shows is training's
         if self.world > 1:
             dist.barrier()
         return score
@@ -183,7 +203,10 @@ class Trainer:
                 self.log.write("unreadable", step=step, pictures=[pictures.name(i) for i in sorted(unread)])
 
     def features(self):
-        """Features of both splits from the frozen encoder, as it is now; every rank reads its share, rank 0 gets all."""
+        """Features of both splits from the frozen encoder, as it is now; every rank reads its share, rank 0 gets all.
+        Those of a probe after the last step are given again."""
+        if self._features and self._features[0] == self.settings.steps:
+            return self._features[1]
         parts = [part for pictures in (self.source.train, self.source.test)
                  for part in self.rows_of(self.method.network.encoder, pictures)]
         return probe.Features(*parts) if self.rank == 0 else None
@@ -192,13 +215,21 @@ class Trainer:
         """(rows, labels, indices) of all readable pictures, on rank 0."""
         loader = batches.plain_loader(pictures, self.source.plain, self.settings.batch, self.settings.workers,
                                       rank=self.rank, world=self.world)
-        rows, labels, index = probe.extract(module, loader, pictures.labels, self.device)
+        try:
+            share = probe.extract(module, loader, pictures.labels, self.device)
+        except UsageError as error:  # not one picture of this share: others may have some
+            if self.world == 1:
+                raise
+            share = error
         if self.world == 1:
-            return rows, labels, index
+            return share
         found = [None] * self.world if self.rank == 0 else None
-        dist.gather_object((rows.cpu(), labels.cpu(), index), found)
+        dist.gather_object(share if isinstance(share, UsageError) else [part.cpu() for part in share], found)
         if self.rank:
             return None, None, None
-        rows, labels, index = (torch.cat(part) for part in zip(*found))
+        read = [part for part in found if not isinstance(part, UsageError)]
+        if not read:
+            raise found[0]
+        rows, labels, index = (torch.cat(part) for part in zip(*read))
         order = index.argsort()
         return rows[order].to(self.device), labels[order].to(self.device), index[order]

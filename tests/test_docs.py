@@ -108,9 +108,10 @@ def test_readme_names_it(name):
 INCLUDED = re.compile(r"<!-- (\S+) -->\n\n(.*?)\n<!-- end -->", re.DOTALL)
 
 
-def test_figures_come_from_result_files():
-    """Every table of figures in the README is, to the letter, a committed result file."""
-    included = INCLUDED.findall(README.read_text(encoding="utf-8"))
-    assert included, "README.md includes no result file"
+@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md"])
+def test_figures_come_from_result_files(page):
+    """Every table of figures is, to the letter, a committed result file."""
+    included = INCLUDED.findall((README.parent / page).read_text(encoding="utf-8"))
+    assert included, f"{page} includes no result file"
     for path, text in included:
-        assert text == (README.parent / path).read_text(encoding="utf-8"), f"README.md and {path} differ"
+        assert text == (README.parent / path).read_text(encoding="utf-8"), f"{page} and {path} differ"

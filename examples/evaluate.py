@@ -114,7 +114,7 @@ def main(arguments=None, prog="evaluate.py"):
         found, read = evaluate(settings)
         print(table(found))
         if read["unreadable"]:
-            print(f"{read['unreadable']:,} pictures could not be read and were left out", file=sys.stderr)
+            print(f"left out what could not be read: {read['unreadable']:,} of the pictures", file=sys.stderr)
         if settings.json:
             scores = {name: vars(score) for name, score in found.items()}
             contents = dict(checkpoint=str(settings.checkpoint), data=settings.data, **read, probes=scores)

@@ -94,7 +94,7 @@ def test_pictures_that_cannot_be_read_are_counted(tmp_path, capsys):
     for name in ("3", "5"):
         (folder / "cat" / f"{name}.png").write_bytes(b"no picture")
     assert scores_of(tmp_path, checkpoint_of(tmp_path, trained()), folder)["unreadable"] == 2
-    assert "2 pictures could not be read" in capsys.readouterr().err
+    assert "left out what could not be read: 2 of the pictures" in capsys.readouterr().err
 
 
 def _missing(folder):

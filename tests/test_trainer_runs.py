@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -134,6 +135,14 @@ def test_two_processes(tmp_path):
     check_outputs(tmp_path)
     assert events(tmp_path, "end")[0]["processes"] == 2
     assert done.stdout.count("report: ") == 1
+    # Each process read a share of the pictures, with the statistics of batch norm that the checkpoint has.
+    shown = events(tmp_path, "probe")[-1]
+    evaluate = [sys.executable, str(EXAMPLES / "evaluate.py"), str(tmp_path / "checkpoints" / "best.ckpt"), "digits",
+                "--workers", "0", "--device", "cpu", "--json", str(tmp_path / "scores.json")]
+    subprocess.run(evaluate, check=True, capture_output=True, timeout=300, env=ENVIRONMENT)
+    found = json.loads((tmp_path / "scores.json").read_text())["probes"]
+    scores = [probe["top1"] for probe in found.values()]
+    assert scores == pytest.approx([shown["linear"], shown["knn"]], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -213,6 +213,9 @@ class Trainer:
 
     def rows_of(self, module, pictures):
         """(rows, labels, indices) of all readable pictures, on rank 0."""
+        if self.world > 1:  # batch norm's running statistics are each rank's own: here those of the checkpoint
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
         loader = batches.plain_loader(pictures, self.source.plain, self.settings.batch, self.settings.workers,
                                       rank=self.rank, world=self.world)
         try:

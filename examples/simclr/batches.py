@@ -5,7 +5,7 @@ of worker processes or on which of them handled a picture. Pictures that cannot 
 and named there.
 """
 
-import signal
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,10 +142,10 @@ def steps_of(epochs, length, batch):
     return -(-epochs * length // batch)
 
 
-def _leave_signals_alone(_worker):
-    """Ctrl-C and SIGTERM reach the whole group of processes: the main one ends the run, and its workers with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _group_of_its_own(_worker):
+    """A terminal's Ctrl-C and torchrun's SIGTERM go to the whole group of processes: they are for the main one, which
+    ends its workers itself."""
+    os.setpgrp()
 
 
 def _loader(dataset, workers, pin, batch_bytes=0, **options):
@@ -153,7 +153,7 @@ def _loader(dataset, workers, pin, batch_bytes=0, **options):
     if workers:
         fits = AHEAD // (workers * max(batch_bytes, 1))
         options |= dict(persistent_workers=True, prefetch_factor=max(1, min(PREFETCH, fits)),
-                        worker_init_fn=_leave_signals_alone)
+                        worker_init_fn=_group_of_its_own)
     # A loader draws a seed for its workers: from here, so that the draws of a loss do not depend on the loaders.
     return DataLoader(dataset, num_workers=workers, pin_memory=pin, generator=torch.Generator(), **options)
 

@@ -36,6 +36,7 @@ import pairs_kernels
 import pairs_tiles
 import row_kernels
 import sorting
+import trainer_loop
 import trainer_parts
 import trainer_report
 import triton_kernels
@@ -58,6 +59,7 @@ MUTANTS = [
     *exchanges.MUTANTS,
     *checkpoints.MUTANTS,
     *sorting.MUTANTS,
+    *trainer_loop.MUTANTS,
     *trainer_parts.MUTANTS,
     *trainer_report.MUTANTS,
 ]

@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --out benchmarks/results
 
 Writes <out>/<name of the GPU>/nt_xent.json, nt_xent.md, nt_xent.png, swd.json, swd.md, pairs.json, pairs.md,
-trainer.json, trainer.md and tests.txt. Each phase runs in processes of its own and has its share of the wall clock, so a hang or a crash costs that
-phase alone, and what was measured before it is kept. Exit status: 0 everything passed, 1 something did not, 2 there is
-no CUDA device. Targets that are missed are reported and do not change the status.
+trainer.json, trainer.md and tests.txt. Each phase runs in processes of its own and has its share of the wall clock, so a
+hang or a crash costs that phase alone, and what was measured before it is kept. Exit status: 0 everything passed, 1
+something did not, 2 there is no CUDA device. Targets that are missed are reported and do not change the status.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ def compare_losses(names, seed, out):
 def compare_methods(names, seed, out):
     outcomes = compare("methods", {name: ("--method", name, *METHOD_RECIPES[name]) for name in names}, seed, out)
     gains = {o["name"]: scores(o)[0] - scores(o)[1] for o in outcomes}
-    return [f"{name}: {100 * gain:.1f} points over the untrained encoder, expected at least {100 * ANY_METHOD_GAINS:.0f}"
+    return [f"{name}: {100 * gain:.1f} points over the untrained encoder, expected at least "
+            f"{100 * ANY_METHOD_GAINS:.0f}"
             for name, gain in gains.items() if gain < ANY_METHOD_GAINS]
 
 
@@ -133,7 +134,8 @@ def main(arguments=None):
         else:
             failures = compare_methods(settings.methods or list(METHODS), *settings.seeds, settings.out)
     else:
-        parser.error(f"argument --{chosen[0]}: expected one seed and no other comparison, got {len(settings.seeds)} seeds")
+        parser.error(f"argument --{chosen[0]}: expected one seed and no other comparison, got {len(settings.seeds)} "
+                     "seeds")
     for failure in failures:
         print(f"demo failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

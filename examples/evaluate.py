@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from simclr import batches, checkpoint, data, model, probe
+from simclr import batches, checkpoint, data, probe
 from simclr.cli import find_device
 from simclr.errors import UsageError
 from simclr.settings import ANY_COUNT, COUNT, Parser, usual_workers
@@ -50,15 +50,11 @@ def load(path):
     contents = checkpoint.read(path)
     settings, trained = contents["settings"], contents["modules"]["method"]
     weights = {name.removeprefix(ENCODER): weight for name, weight in trained.items() if name.startswith(ENCODER)}
-    channels = settings["channels"]
-    encoder = model.build_encoder(settings["arch"], channels, settings["image_size"], settings["width"])
-    if settings["norm"] == "group":
-        encoder = model.group_norm(encoder)
     try:
-        encoder.load_state_dict(weights)
+        encoder = checkpoint.rebuild_encoder(settings, weights)
     except RuntimeError:
         raise UsageError(f"{path}: expected the weights of a {settings['arch']}, got others") from None
-    return encoder, channels, settings["image_size"]
+    return encoder, settings["channels"], settings["image_size"]
 
 
 def open_source(settings, channels, image_size):

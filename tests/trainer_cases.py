@@ -27,6 +27,8 @@ EXAMPLES = ROOT / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # the working tree's library, installed or not
 sys.path.insert(0, str(EXAMPLES))
 
+from simclr import torchvision_compat  # noqa: E402, F401  timm and torchvision can be imported from here on
+
 SHORT = ["--steps", "4", "--batch", "16", "--log-every", "2", "--workers", "0", "--device", "cpu"]
 
 

@@ -5,6 +5,7 @@ of worker processes or on which of them handled a picture. Pictures that cannot 
 and named there.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -36,6 +37,14 @@ def seed_of(*parts):
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
+@contextlib.contextmanager
+def drawing_from(seed):
+    """Transforms draw from the global generator: inside, from one that begins at `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 class RandomViews(Dataset):
     """`count` views of a picture and its index, by the key (epoch, index); its name where it cannot be read."""
 
@@ -47,8 +56,7 @@ class RandomViews(Dataset):
         picture = self.pictures.read(index)
         if picture is None:
             return self.pictures.name(index)
-        with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+        with drawing_from(seed_of(self.seed, epoch, index)):
             return [self.transform(picture) for _ in range(self.count)], index
 
 

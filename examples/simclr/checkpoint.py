@@ -194,8 +194,8 @@ class Checkpoints:
         if which is None:
             found = [path.name for _, path in saved] + [BEST] * best.exists()
             if found:
-                raise UsageError(f"{self.folder}: expected no checkpoints where a run begins anew (another --out, or --resume), "
-                                 f"got {found[0]}")
+                raise UsageError(f"{self.folder}: expected no checkpoints where a run begins anew (another --out, or "
+                                 f"--resume), got {found[0]}")
             return None
         self.best = self._score(best)
         if which != "auto":
@@ -263,6 +263,16 @@ def export_encoder(path, encoder, facts):
     files.write(Path(path), save(tensors, {"format": "pt", **{name: str(value) for name, value in facts.items()}}))
 
 
+def rebuild_encoder(facts, weights):
+    """The encoder that `facts` (those of `export_encoder`, or a run's settings) tell of, with these weights."""
+    sizes = (int(facts[name]) for name in ("channels", "image_size", "width"))
+    encoder = build_encoder(facts["arch"], *sizes)
+    if facts.get("norm") == "group":
+        encoder = group_norm(encoder)
+    encoder.load_state_dict(weights)
+    return encoder
+
+
 def load_encoder(path):
     """The encoder of a file by `export_encoder`, on the CPU, ready to give features."""
     from safetensors import safe_open
@@ -271,11 +281,6 @@ def load_encoder(path):
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        sizes = (int(facts[name]) for name in ("channels", "image_size", "width"))
-        encoder = build_encoder(facts["arch"], *sizes)
-        if facts.get("norm") == "group":
-            encoder = group_norm(encoder)
-        encoder.load_state_dict(tensors)
+        return rebuild_encoder(facts, tensors).eval()
     except Exception as error:
         raise UsageError(f"{path}: expected an encoder that this trainer exported, got {_line(error)}") from error
-    return encoder.eval()

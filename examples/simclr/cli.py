@@ -29,7 +29,8 @@ def find_device(name):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         found = torch.cuda.device_count()
-        raise UsageError(f"--device: expected auto, cpu or one of {found} CUDA devices, one for each process, got {name}")
+        raise UsageError(f"--device: expected auto, cpu or one of {found} CUDA devices, one for each process, "
+                         f"got {name}")
     if device.index is not None:
         torch.cuda.set_device(device)  # events and pinned memory are of the current one
     return device
@@ -138,10 +139,10 @@ def _run(settings, device, rank, world):
     features = projections = None
     if not settings.no_probe:
         features = trainer.features()
-        method = trainer.method.network
-        projections = trainer.rows_of(torch.nn.Sequential(method.encoder, method.head), source.test)[0]
     if rank != 0:
         return None
+    if features is not None:
+        projections = trainer.projections(features)
     folder = Path(settings.out)
     checkpoint.export_encoder(folder / "encoder.safetensors", encoder, dict(
         arch=settings.arch, channels=source.channels, image_size=source.image_size, width=settings.width,
@@ -167,7 +168,8 @@ def one_line(prog):
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except torch.OutOfMemoryError as error:
-        code, message = 1, f"the GPU's memory is full; a smaller --batch or more --grad-cache-chunks take less ({error})"
+        code = 1
+        message = f"the GPU's memory is full; a smaller --batch or more --grad-cache-chunks take less ({error})"
     except OSError as error:
         code, message = 1, error
     print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

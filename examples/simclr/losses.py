@@ -54,11 +54,12 @@ SETTINGS = {"temperature": "temperature", "weight": "loss_weight", "queue": "que
             "bank_momentum": "bank_momentum", "noise": "noise"}
 
 
-def _arguments(settings):
-    loss = LOSSES[settings.loss]
-    return {**loss.fixed, **{argument: getattr(settings, SETTINGS[argument]) for argument in loss.options}}
+def arguments(kind, settings):
+    """What a loss or method is built with: what is fixed, and its options as the settings have them."""
+    return {**kind.fixed, **{argument: getattr(settings, SETTINGS[argument]) for argument in kind.options}}
 
 
 def build(settings):
     """The loss as a module: both views' projections [N, D] to a scalar."""
-    return LOSSES[settings.loss].module(**_arguments(settings))
+    loss = LOSSES[settings.loss]
+    return loss.module(**arguments(loss, settings))

@@ -62,10 +62,11 @@ class Average(nn.Module):
 
 
 class Method(nn.Module):
-    """What all methods share. `options` are settings with their defaults; `recipe` those of training."""
+    """What all methods share. `options` are settings with their defaults, as `fixed` those of `losses.Loss`; `recipe`
+    are the defaults of training."""
 
     title, help = "", ""
-    options, recipe = {}, {}
+    options, fixed, recipe = {}, {}, {}
     views = 2  # of a picture, in a step
 
     def __init__(self, network):
@@ -221,7 +222,7 @@ def build(settings, source, dtype=None):
     if settings.bn_splits > 1:
         model.split_batch_norm(network, settings.bn_splits)
     kind = METHODS[settings.method]
-    options = {name: getattr(settings, losses.SETTINGS[name]) for name in kind.options}
+    options = losses.arguments(kind, settings)
     if "momentum" in options:
         options["parts"] = settings.grad_cache_chunks
     if kind is SimCLR:

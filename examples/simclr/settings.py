@@ -65,10 +65,12 @@ def parser(prog):
     group.add_argument("--log-every", type=COUNT, default=10, help="steps between log lines (%(default)s)")
     group.add_argument("--eval-every", type=ANY_COUNT, default=0, help="steps between probes; 0: before and after only")
     group.add_argument("--no-probe", action="store_true", help="train without labels")
-    group.add_argument("--checkpoint-every", type=ANY_COUNT, default=0, help="steps between checkpoints (0: at the end)")
+    group.add_argument("--checkpoint-every", type=ANY_COUNT, default=0,
+                       help="steps between checkpoints (0: at the end)")
     group.add_argument("--keep", type=COUNT, default=3, help="checkpoints to keep, beside the best (%(default)s)")
     group.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
-                       help="go on from this checkpoint, or from the newest sound one in --out (without PATH, or `auto`)")
+                       help="go on from this checkpoint, or from the newest sound one in --out (without PATH, or "
+                       "`auto`)")
     group.add_argument("--tensorboard", action="store_true", help="write what the log has for TensorBoard too")
     return result
 
@@ -84,8 +86,8 @@ def _add_objective(result):
                        + _by_objective("weight"))
     group.add_argument("--momentum", type=SHARE, help="of the moving average of the network; "
                        + _by_objective("momentum"))
-    group.add_argument("--queue", type=between(int, 1, 2**28), help="keys that are kept as negatives; default: 65536, or fewer where "
-                       "there are fewer pictures")
+    group.add_argument("--queue", type=between(int, 1, 2**28), help="keys that are kept as negatives; default: 65536, "
+                       "or fewer where there are fewer pictures")
     group.add_argument("--bank-momentum", type=between(float, 0, 0.9999), help="of a picture's row in the memory bank; "
                        + _by_objective("bank_momentum"))
     group.add_argument("--noise", type=COUNT, help="estimate instdisc's softmax from so many samples of the bank "
@@ -122,7 +124,8 @@ def _add_training(result):
     group.add_argument("--steps", type=COUNT, help="default: as many as the epochs have")
     group.add_argument("--optimizer", choices=tuple(RECIPES), help="default: adamw for the convnet, else lars for "
                        "simclr and byol, sgd for moco-v2 and instdisc")
-    group.add_argument("--lr", type=NUMBER, help="default: " + ", ".join(f"{r[0]:g} for {n}" for n, r in RECIPES.items()))
+    group.add_argument("--lr", type=NUMBER, help="default: "
+                       + ", ".join(f"{r[0]:g} for {n}" for n, r in RECIPES.items()))
     group.add_argument("--lr-scaling", choices=optim.SCALINGS, help="with the batch B: none, B / 256 or the root of B; "
                        "default: " + ", ".join(f"{r[1]} for {n}" for n, r in RECIPES.items()))
     group.add_argument("--weight-decay", type=SHARE, help="default: "
@@ -130,8 +133,8 @@ def _add_training(result):
     group.add_argument("--warmup", type=SHARE, default=0.1, help="share of the steps (%(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the network "
                        "(%(default)s); fp16 with a gradient scaler")
-    group.add_argument("--grad-cache-chunks", type=COUNT, default=1, help="parts of a batch that go through the network "
-                       "one after the other; the loss still sees all of it (%(default)s)")
+    group.add_argument("--grad-cache-chunks", type=COUNT, default=1, help="parts of a batch that go through the "
+                       "network one after the other; the loss still sees all of it (%(default)s)")
     group.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     group.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (cuda where there is one)")
     group.add_argument("--seed", type=ANY_COUNT, default=0, help="(%(default)s)")
@@ -175,8 +178,6 @@ def _fill_in(settings, error):
 def objective(settings):
     """(title, settings as text) of what is minimised."""
     kind = losses.LOSSES[settings.loss] if settings.loss else methods.METHODS[settings.method]
-    values = dict(getattr(kind, "fixed", {}))
-    values |= {argument: getattr(settings, losses.SETTINGS[argument]) for argument in kind.options}
-    shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in values.items()
-             if value is not None}
+    shown = {name: value if isinstance(value, str) else f"{value:g}"
+             for name, value in losses.arguments(kind, settings).items() if value is not None}
     return kind.title, ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())

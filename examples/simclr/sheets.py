@@ -2,10 +2,10 @@
 
 from collections import Counter
 
-import torch
 import torch.nn.functional as F
 
 from . import maps, plots, probe
+from .batches import drawing_from
 from .page import image, legend_entry, section, tag, thumbnail
 
 VIEWED, QUERIES, NEIGHBOURS = 10, 10, 9  # pictures on the sheets
@@ -23,8 +23,7 @@ def views(source, seed):
     for index in spread(len(source.train), VIEWED):
         picture = source.train.read(index)
         if picture is not None:
-            with torch.random.fork_rng(devices=[]):  # the transforms draw from the global generator
-                torch.default_generator.manual_seed(seed + index)
+            with drawing_from(seed + index):
                 pictures = source.plain(picture), source.views(picture), source.views(picture)
             columns.append((source.classes[source.train.labels[index]], pictures))
     if not columns:

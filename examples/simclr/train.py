@@ -18,7 +18,8 @@ from .optim import warmup_cosine
 
 
 class Trainer:
-    """Holds what a run consists of; `run` does it. `settings` are the command line's; `done` steps were taken before."""
+    """Holds what a run consists of; `run` does it. `settings` are the command line's; `done` steps were taken before.
+    """
 
     def __init__(self, settings, source, method, optimizer, scaler, lr, log, checkpoints, device, rank=0, world=1,
                  done=0):
@@ -30,7 +31,8 @@ class Trainer:
         self.warmup = round(settings.warmup * settings.steps)
         self.clock = StepClock(device)
         self._unchecked = []  # (step, loss) since the last look at them
-        self._features = None  # of the last probe, on rank 0
+        self._logged = done  # step of the last record
+        self._last_features = None  # those of the probe after the last step, in a tuple of one: None on ranks above 0
         self._before = sum(record["seconds"] for record in log.of("checkpoint")[-1:]) if log else 0.0
         self._started = time.perf_counter()
         self._device_views = source.device_views().to(device) if settings.augment == "device" else None
@@ -167,7 +169,7 @@ class Trainer:
         self.checkpoints.save(step, modules, self.log.records)
 
     def _log_step(self, bar, step, loss, top1, seconds):
-        since = step - max([self.done, *(record["step"] for record in self.log.of("step")[-1:])])
+        since, self._logged = step - self._logged, step
         rate = since * self.settings.batch / max(sum(seconds.values()), 1e-9)
         lr, memory = self.optimizer.param_groups[0]["lr"], memory_mib(self.device)
         parts = {f"{part}_s": seconds.get(part, 0.0) / since for part in ("data", "encoder", "loss", "optimizer")}
@@ -182,7 +184,8 @@ class Trainer:
             return None
         started = time.perf_counter()
         features, score = self.features(), None
-        self._features = step, features
+        if step == self.settings.steps:  # between others training needs the memory
+            self._last_features = (features,)
         if self.rank == 0:
             if step == 0:
                 self._log_unread(step, features)
@@ -205,27 +208,30 @@ class Trainer:
     def features(self):
         """Features of both splits from the frozen encoder, as it is now; every rank reads its share, rank 0 gets all.
         Those of a probe after the last step are given again."""
-        if self._features and self._features[0] == self.settings.steps:
-            return self._features[1]
+        if self._last_features:
+            return self._last_features[0]
         parts = [part for pictures in (self.source.train, self.source.test)
-                 for part in self.rows_of(self.method.network.encoder, pictures)]
+                 for part in self._rows_of(pictures)]
         return probe.Features(*parts) if self.rank == 0 else None
 
-    def rows_of(self, module, pictures):
-        """(rows, labels, indices) of all readable pictures, on rank 0."""
-        if self.world > 1:  # batch norm's running statistics are each rank's own: here those of the checkpoint
-            for buffer in module.buffers():
-                dist.broadcast(buffer, 0)
+    @torch.no_grad()
+    def projections(self, features):
+        """Of the test pictures, what the head makes of their features."""
+        return self.method.network.head.eval()(features.test)
+
+    def _rows_of(self, pictures):
+        """(features, labels, indices) of all readable pictures, on rank 0."""
+        encoder = self.method.network.encoder
         loader = batches.plain_loader(pictures, self.source.plain, self.settings.batch, self.settings.workers,
                                       rank=self.rank, world=self.world)
-        try:
-            share = probe.extract(module, loader, pictures.labels, self.device)
-        except UsageError as error:  # not one picture of this share: others may have some
-            if self.world == 1:
-                raise
-            share = error
         if self.world == 1:
-            return share
+            return probe.extract(encoder, loader, pictures.labels, self.device)
+        for buffer in encoder.buffers():  # batch norm's statistics are each rank's own: here those of the checkpoint
+            dist.broadcast(buffer, 0)
+        try:
+            share = probe.extract(encoder, loader, pictures.labels, self.device)
+        except UsageError as error:  # not one picture of this share: others may have some
+            share = error
         found = [None] * self.world if self.rank == 0 else None
         dist.gather_object(share if isinstance(share, UsageError) else [part.cpu() for part in share], found)
         if self.rank:

@@ -205,7 +205,7 @@ WRITTEN = [
     Mutant(
         "an encoder with weights of its own",
         FILE,
-        "        encoder.load_state_dict(tensors)\n",
+        "    encoder.load_state_dict(weights)\n",
         "",
         ON_DISK + "test_an_exported_encoder_is_the_same[convnet-48]",
     ),

@@ -40,7 +40,7 @@ PAGES = [
            "key=lambda i: labels[i] not in colours", REPORT + "map_has_colours_for_twenty_classes"),
     Mutant("every frame is right", PARTS + "sheets.py", '"right" if other == label else "wrong"', '"right"',
            REPORT + "frames_of_neighbours_tell_classes"),
-    Mutant("views draw from the stream", PARTS + "sheets.py", "with torch.random.fork_rng(devices=[]):", "if True:",
+    Mutant("views draw from the stream", PARTS + "sheets.py", "with drawing_from(seed + index):", "if True:",
            REPORT + "a_report_draws_no_random_number"),
     Mutant("a picture that went away", PARTS + "page.py", 'tag("div", "?", class_="gone", title=alt)', "Html()",
            REPORT + "pictures_that_can_be_read_no_more"),
@@ -62,7 +62,7 @@ PAGES = [
 EVALUATION = [
     Mutant("the average's encoder", "examples/evaluate.py", 'ENCODER = "network.encoder."',
            'ENCODER = "average.network.encoder."', EVALUATE + "scores_of_a_checkpoint"),
-    Mutant("group norm is batch norm", "examples/evaluate.py", 'settings["norm"] == "group"', "False",
+    Mutant("group norm is batch norm", PARTS + "checkpoint.py", 'facts.get("norm") == "group"', "False",
            EVALUATE + "scores_of_a_checkpoint"),
     Mutant("the encoder's channels for the data's", "examples/evaluate.py", "trained on, got {source.channels}",
            "trained on, got {channels}", EVALUATE + "digits_are_grey"),

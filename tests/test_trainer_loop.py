@@ -25,8 +25,7 @@ def prepared(tmp_path, *arguments):
 
     settings = cli.parse([*DIGITS, "--out", str(tmp_path), *arguments], "test")
     source = data.open_data("digits")
-    cli._fill_in(settings, source)
-    trainer = cli._prepare(settings, source, torch.device("cpu"), 0, 1)
+    trainer = cli.prepare(settings, source, torch.device("cpu"))
     trainer.method.train()
     return trainer, next(iter(trainer._batches()))
 

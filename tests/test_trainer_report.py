@@ -118,7 +118,7 @@ def write(folder, records=RECORDS, features=True, source=None, settings=None, ob
 @pytest.fixture
 def undrawn(monkeypatch):
     """For what is written: drawing takes most of a report's time."""
-    monkeypatch.setattr(plots, "_png", lambda figure: b"")
+    monkeypatch.setattr(plots, "png", lambda figure: b"")
     monkeypatch.setattr(maps, "flat_map", lambda rows: (torch.arange(len(rows)), rows[:, :2].numpy()))
 
 

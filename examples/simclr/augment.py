@@ -44,11 +44,11 @@ class Blur(v2.GaussianBlur):
         return self._call_kernel(functional.gaussian_blur, blurred, kernel_size=[1, down], **params)
 
 
-def photo_views(size: int, strength: float = 1.0, blur: bool = True) -> v2.Transform:
-    """Crop (0.08-1), flip, colour jitter with p 0.8, greyscale with p 0.2, Gaussian blur with p 0.5."""
+def photo_views(size: int, strength: float = 1.0, blur: bool = True, crop=CROP) -> v2.Transform:
+    """Crop (an area of 0.08-1), flip, colour jitter with p 0.8, greyscale with p 0.2, Gaussian blur with p 0.5."""
     steps = [
         v2.ToImage(),
-        v2.RandomResizedCrop(size, scale=CROP, antialias=True),
+        v2.RandomResizedCrop(size, scale=crop, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(*_jitter(strength))], p=0.8),
         v2.RandomGrayscale(p=0.2),
@@ -59,9 +59,9 @@ def photo_views(size: int, strength: float = 1.0, blur: bool = True) -> v2.Trans
     return v2.Compose(steps)
 
 
-def digit_views(size: int) -> v2.Transform:
+def digit_views(size: int, crop=DIGIT_CROP) -> v2.Transform:
     """Random resized crop (0.3-1) alone: it moves and scales the digit."""
-    return v2.Compose([v2.RandomResizedCrop(size, scale=DIGIT_CROP, antialias=True), *_floats()])
+    return v2.Compose([v2.RandomResizedCrop(size, scale=crop, antialias=True), *_floats()])
 
 
 def plain_photo(size: int) -> v2.Transform:
@@ -108,11 +108,11 @@ class DeviceViews(nn.Module):
         return self.steps(pictures)
 
 
-def device_views(size: int, strength: float = 1.0, blur: bool = True) -> nn.Module:
+def device_views(size: int, strength: float = 1.0, blur: bool = True, crop=CROP) -> nn.Module:
     """`photo_views` on the device of the batch."""
     kornia = _kornia()
     steps = [
-        _device_crop(size, CROP),
+        _device_crop(size, crop),
         kornia.RandomHorizontalFlip(p=0.5),
         kornia.ColorJitter(*_jitter(strength), p=0.8),
         kornia.RandomGrayscale(p=0.2),
@@ -122,9 +122,9 @@ def device_views(size: int, strength: float = 1.0, blur: bool = True) -> nn.Modu
     return DeviceViews(*steps)
 
 
-def device_digit_views(size: int) -> nn.Module:
+def device_digit_views(size: int, crop=DIGIT_CROP) -> nn.Module:
     """`digit_views` on the device of the batch."""
-    return DeviceViews(_device_crop(size, DIGIT_CROP))
+    return DeviceViews(_device_crop(size, crop))
 
 
 def _kornia():

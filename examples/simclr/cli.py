@@ -74,8 +74,9 @@ def _output_folder(name):
     return folder
 
 
-def run(settings):
-    """Train, probe and report; returns what happened, on rank 0, as a dict: probes, seconds, report's path."""
+@contextlib.contextmanager
+def processes(settings):
+    """(device, rank, world) of this process, and the exchange with the others while there are any."""
     device = find_device(settings.device)
     if device.type == "cpu":
         # Workers and compute threads share the cores: more threads than cores wait for each other in a spin.
@@ -84,15 +85,19 @@ def run(settings):
     if distributed:
         # Beside NCCL a backend for the CPU: the losses' settings travel there, so that no step waits for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    outcome = _run(settings, device, rank, world)
+    yield (device, dist.get_rank(), dist.get_world_size()) if distributed else (device, 0, 1)
     if distributed:
         dist.destroy_process_group()  # after an error it could wait for others: `one_line` ends the process instead
-    return outcome
 
 
-def _method(settings, source, device, world):
-    method = methods.build(settings, source, DTYPES[settings.precision])
+def run(settings):
+    """Train, probe and report; returns what happened, on rank 0, as a dict: probes, seconds, report's path."""
+    with processes(settings) as (device, rank, world):
+        return _run(settings, device, rank, world)
+
+
+def _method(settings, source, device, world, build):
+    method = build(settings, source, DTYPES[settings.precision])
     if world > 1 and device.type == "cuda" and settings.bn_splits == 1:  # PyTorch has none for the CPU
         from timm.layers import convert_sync_batchnorm  # PyTorch's would drop activations that timm keeps in norms
 
@@ -105,12 +110,14 @@ def _method(settings, source, device, world):
     return method
 
 
-def _prepare(settings, source, device, rank, world):
-    """The trainer, where a checkpoint left off or at the start."""
+def prepare(settings, source, device, rank=0, world=1, build=methods.build):
+    """The trainer, where a checkpoint left off or at the start; `build(settings, source, dtype)` makes its method."""
+    _fill_in(settings, source)
+    _check(settings, source, world)
     folder = _output_folder(settings.out)
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same run
-    method = _method(settings, source, device, world)
+    method = _method(settings, source, device, world, build)
     lr = optim.scaled_lr(settings.lr, settings.batch, settings.lr_scaling)
     optimizer = optim.build_optimizer(settings.optimizer, method.network, lr, settings.weight_decay)
     if rank:  # weights, queue and bank are alike by now; what a rank draws for its pictures is its own
@@ -126,10 +133,8 @@ def _prepare(settings, source, device, rank, world):
 
 
 def _run(settings, device, rank, world):
-    source = data.open_data(settings.data, settings.image_size, settings.strength, settings.blur)
-    _fill_in(settings, source)
-    _check(settings, source, world)
-    trainer = _prepare(settings, source, device, rank, world)
+    source = data.open_data(settings.data, settings.image_size, settings.strength, settings.blur, settings.crop)
+    trainer = prepare(settings, source, device, rank, world)
     log, encoder = trainer.log, trainer.method.network.encoder
     trainer.run()
     facts = dict(seconds=trainer.elapsed(), device=_device_name(device), processes=world,

@@ -151,7 +151,7 @@ def stratified_split(labels, share=TEST_SHARE, seed=SPLIT_SEED):
     return torch.cat(train).sort().values, torch.cat(test).sort().values
 
 
-def open_digits(image_size=None):
+def open_digits(image_size=None, crop=None):
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -160,16 +160,17 @@ def open_digits(image_size=None):
     size = image_size or CANVAS
     if size != CANVAS:
         raise UsageError(f"--image-size: digits are {CANVAS} pixels wide, got {size}")
-    return Source(train, test, list("0123456789"), 1, size, augment.digit_views(size), augment.plain_digit(),
-                  augment.raw_digit(), partial(augment.device_digit_views, size))
+    recipe = (size, crop or augment.DIGIT_CROP)
+    return Source(train, test, list("0123456789"), 1, size, augment.digit_views(*recipe), augment.plain_digit(),
+                  augment.raw_digit(), partial(augment.device_digit_views, *recipe))
 
 
-def open_synthetic(image_size=None, strength=1.0, blur=None):
+def open_synthetic(image_size=None, strength=1.0, blur=None, crop=None):
     size = image_size or 224
     train = SyntheticPictures(SYNTHETIC_TRAIN, size, split=0)
     test = SyntheticPictures(SYNTHETIC_TEST, size, split=1)
     classes = [f"{'plaid' if label >= 5 else 'stripes'} {label % 5 * 22.5:g}" for label in range(SYNTHETIC_CLASSES)]
-    return _photos(train, test, classes, size, strength, blur)
+    return photo_source(train, test, classes, size, strength, blur, crop)
 
 
 def _samples(folder):
@@ -183,7 +184,7 @@ def _samples(folder):
     return tree.samples, tree.classes
 
 
-def open_folder(folder, image_size=None, strength=1.0, blur=None):
+def open_folder(folder, image_size=None, strength=1.0, blur=None, crop=None):
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{folder}: {EXPECTED}, got {'a file' if root.exists() else 'nothing at that path'}")
@@ -199,7 +200,7 @@ def open_folder(folder, image_size=None, strength=1.0, blur=None):
         labels = torch.tensor([label for _, label in samples])
         train, test = (FilePictures([samples[i] for i in part.tolist()]) for part in stratified_split(labels))
     natural = _natural_size(train)  # also with --image-size: it makes sure that there is something to read
-    return _photos(train, test, classes, image_size or natural, strength, blur)
+    return photo_source(train, test, classes, image_size or natural, strength, blur, crop)
 
 
 def _natural_size(pictures):
@@ -212,19 +213,19 @@ def _natural_size(pictures):
     raise UsageError(f"{pictures.name(0)}: expected pictures that can be read, got none among the first {index + 1}")
 
 
-def _photos(train, test, classes, size, strength, blur):
+def photo_source(train, test, classes, size, strength=1.0, blur=None, crop=None):
     """A Source of colour pictures; `blur` None is SimCLR's choice, none for small pictures."""
     if not 0 <= strength <= augment.STRONGEST:
         raise UsageError(f"--strength: expected 0 to {augment.STRONGEST}, got {strength:g}")
-    recipe = (size, strength, size > augment.SMALL if blur is None else blur)
+    recipe = (size, strength, size > augment.SMALL if blur is None else blur, crop or augment.CROP)
     return Source(train, test, classes, 3, size, augment.photo_views(*recipe), augment.plain_photo(size),
                   augment.raw_photo(size), partial(augment.device_views, *recipe))
 
 
-def open_data(data, image_size=None, strength=1.0, blur=None):
+def open_data(data, image_size=None, strength=1.0, blur=None, crop=None):
     """The data set named on the command line; UsageError says in one line what is wrong with it."""
     if data == "digits":
-        return open_digits(image_size)
+        return open_digits(image_size, crop)
     if data == "synthetic":
-        return open_synthetic(image_size, strength, blur)
-    return open_folder(data, image_size, strength, blur)
+        return open_synthetic(image_size, strength, blur, crop)
+    return open_folder(data, image_size, strength, blur, crop)

@@ -51,8 +51,8 @@ def _board(folder):
 def progress_bar(settings, done, rank):
     """tqdm's, which knows the time that is left; into a file it writes every 15 seconds, not ten times a second."""
     seconds = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(total=settings.steps, initial=done, unit="step", disable=rank != 0, dynamic_ncols=True,
-                mininterval=seconds)
+    return tqdm(total=settings.steps, initial=done, unit="step", disable=settings.quiet or rank != 0,
+                dynamic_ncols=True, mininterval=seconds)
 
 
 def memory_mib(device):

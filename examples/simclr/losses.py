@@ -51,7 +51,7 @@ LOSSES = {
 }
 # An option of a loss or method, and its name among the settings of the command line.
 SETTINGS = {"temperature": "temperature", "weight": "loss_weight", "queue": "queue", "momentum": "momentum",
-            "bank_momentum": "bank_momentum", "noise": "noise"}
+            "bank_momentum": "bank_momentum", "noise": "noise", "hard_negatives": "hard_negatives"}
 
 
 def arguments(kind, settings):

@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastcl import InstanceDiscrimination, Queue, alignment_loss, contrastive_stats, info_nce
+from fastcl import (
+    InstanceDiscrimination,
+    Queue,
+    alignment_loss,
+    contrastive_stats,
+    info_nce,
+    sample_hard_negatives,
+)
 
 from . import losses, model
 
@@ -102,14 +109,14 @@ class SimCLR(Method):
 
 class MoCo(Method):
     title, help = "MoCo v2", "a queue of keys from a moving average of the network"
-    options = dict(temperature=0.2, momentum=0.999, queue=None)
+    options = dict(temperature=0.2, momentum=0.999, queue=None, hard_negatives=None)
     recipe = dict(optimizer="sgd", head_layers=2)
 
-    def __init__(self, network, dim, temperature, momentum, queue, parts=1):
+    def __init__(self, network, dim, temperature, momentum, queue, hard_negatives=None, parts=1):
         super().__init__(network)
         self.average = Average(network, parts)
         self.queue = Queue(queue, dim)
-        self.temperature, self.momentum = temperature, momentum
+        self.temperature, self.momentum, self.hard_negatives = temperature, momentum, hard_negatives
 
     def online(self, views):
         return views[:1]
@@ -122,7 +129,10 @@ class MoCo(Method):
 
     def loss(self, rows, targets):
         keys, queue = targets
-        return info_nce(rows[0], keys, queue, self.temperature)
+        chosen = None
+        if self.hard_negatives:
+            chosen = sample_hard_negatives(rows[0].detach(), queue, self.hard_negatives)
+        return info_nce(rows[0], keys, queue, self.temperature, negative_indices=chosen)
 
     def top1(self, rows, targets):
         """Share of queries that are nearer to their key than to the whole queue as the loss saw it."""

@@ -21,13 +21,15 @@ DPI = 180
 MARKED = 25  # up to so many points a line shows each of them: one point alone would be no line
 
 
-def _png(figure):
+def png(figure):
+    """Its bytes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
-def _panel(axes, xlabel, ylabel):
+def panel(axes, xlabel, ylabel):
+    """The look that all axes share."""
     axes.set_xlabel(xlabel, color=SOFT, fontsize=9)
     axes.set_ylabel(ylabel, color=SOFT, fontsize=9)
     axes.tick_params(colors=SOFT, labelsize=9, length=0)
@@ -42,7 +44,7 @@ def lines(ylabel, series, levels=(), limits=None, size=(5.6, 3.0)):
     `levels`: (label, value, colour) of a dashed line each."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    _panel(axes, "training step", ylabel)
+    panel(axes, "training step", ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -55,7 +57,7 @@ def lines(ylabel, series, levels=(), limits=None, size=(5.6, 3.0)):
         axes.set_ylim(*limits)
     if axes.get_legend_handles_labels()[0]:  # above the axes, where it hides nothing
         figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def comparison(path, runs):
@@ -79,7 +81,7 @@ def scatter(points, colours):
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(GRID)
-    return _png(figure)
+    return png(figure)
 
 
 def histograms(columns, limit, curve):
@@ -88,11 +90,11 @@ def histograms(columns, limit, curve):
     panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     highest = 0
     for number, (axes, column) in enumerate(zip(panels, columns), 1):
-        _panel(axes, f"direction {number}", "density" if number == 1 else "")
+        panel(axes, f"direction {number}", "density" if number == 1 else "")
         heights, _, _ = axes.hist(column, bins=40, range=(-limit, limit), density=True, color=TRAINED, alpha=0.45)
         axes.plot(*curve, color=SECOND, lw=1.6)
         highest = max(highest, heights.max())
     panels[0].set_xlim(-limit, limit)
     # Of points on a circle the density has no bound.
     panels[0].set_ylim(0, 1.08 * max(highest, min(curve[1].max(), 2 * highest)))
-    return _png(figure)
+    return png(figure)

@@ -67,6 +67,7 @@ def parser(prog):
     group.add_argument("--no-probe", action="store_true", help="train without labels")
     group.add_argument("--checkpoint-every", type=ANY_COUNT, default=0,
                        help="steps between checkpoints (0: at the end)")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
     group.add_argument("--keep", type=COUNT, default=3, help="checkpoints to keep, beside the best (%(default)s)")
     group.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
                        help="go on from this checkpoint, or from the newest sound one in --out (without PATH, or "
@@ -88,6 +89,8 @@ def _add_objective(result):
                        + _by_objective("momentum"))
     group.add_argument("--queue", type=between(int, 1, 2**28), help="keys that are kept as negatives; default: 65536, "
                        "or fewer where there are fewer pictures")
+    group.add_argument("--hard-negatives", type=COUNT, help="draw so many keys of the queue for each query, the nearer "
+                       "the more often (default: all keys once)")
     group.add_argument("--bank-momentum", type=between(float, 0, 0.9999), help="of a picture's row in the memory bank; "
                        + _by_objective("bank_momentum"))
     group.add_argument("--noise", type=COUNT, help="estimate instdisc's softmax from so many samples of the bank "
@@ -110,6 +113,8 @@ def _add_model_and_data(result):
     group = result.add_argument_group("data")
     group.add_argument("--image-size", type=COUNT, help="default: the pictures' own up to 96, else 224")
     group.add_argument("--strength", type=NUMBER, default=1.0, help="of the colour jitter (%(default)s)")
+    group.add_argument("--crop", type=SHARE, nargs=2, metavar=("MIN", "MAX"), help="share of a picture's area that a "
+                       "view shows; default: 0.08 1, of digits 0.3 1")
     group.add_argument("--blur", action=argparse.BooleanOptionalAction, help="default: above 96 pixels only")
     group.add_argument("--augment", choices=("workers", "device"), default="workers",
                        help="where views are made (%(default)s); device: by kornia, a batch at a time")
@@ -161,6 +166,8 @@ def parse(arguments, prog):
     if settings.bn_splits > 1 and settings.norm == "group":
         reader.error("argument --bn-splits: expected 1 with --norm group, which does without batch norm, "
                      f"got {settings.bn_splits}")
+    if settings.crop and not 0 < settings.crop[0] <= settings.crop[1]:
+        reader.error("argument --crop: expected MIN above 0 and up to MAX, got {:g} and {:g}".format(*settings.crop))
     return settings
 
 

@@ -211,7 +211,7 @@ class Trainer:
         if self._last_features:
             return self._last_features[0]
         parts = [part for pictures in (self.source.train, self.source.test)
-                 for part in self._rows_of(pictures)]
+                 for part in self.rows_of(pictures)]
         return probe.Features(*parts) if self.rank == 0 else None
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ class Trainer:
         """Of the test pictures, what the head makes of their features."""
         return self.method.network.head.eval()(features.test)
 
-    def _rows_of(self, pictures):
+    def rows_of(self, pictures):
         """(features, labels, indices) of all readable pictures, on rank 0."""
         encoder = self.method.network.encoder
         loader = batches.plain_loader(pictures, self.source.plain, self.settings.batch, self.settings.workers,

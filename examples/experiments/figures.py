@@ -1,0 +1,90 @@
+"""The figures of experiments, in the style of the trainer's report: functions that return a PNG file's bytes.
+
+A point is (x, Spread): its mean is drawn, and a bar from the lowest to the highest seed.
+"""
+
+from matplotlib.figure import Figure
+
+from simclr.plots import GRID, INK, LINES, SOFT, panel, png
+
+COLOURS = (*LINES, "#8c6d31", "#5c6773", "#e377c2")
+MARKS = "osD^vP*Xh"
+
+
+def curves(panels, xlabel, ylabel, limits=(0, 100), log_base=None, size=(4.4, 3.2)):
+    """A panel for each of `panels`: (title, [(label, points)...], levels), `levels` a list of (label, value).
+
+    The same label has the same colour in all panels; the legend, above them, has it once.
+    """
+    figure = Figure(figsize=(size[0] * len(panels), size[1] + 0.4), layout="constrained")
+    axes_of = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    styles, shown = {}, {}
+    for number, (axes, (title, series, levels)) in enumerate(zip(axes_of, panels)):
+        panel(axes, xlabel, ylabel if number == 0 else "")
+        axes.set_title(title, color=INK, fontsize=10)
+        for label, points in series:
+            colour, mark = styles.setdefault(label, (COLOURS[len(styles) % len(COLOURS)], MARKS[len(styles) % len(MARKS)]))
+            if points:
+                shown[label] = _with_bars(axes, points, colour, mark)
+        for label, value in levels:
+            shown[label] = axes.axhline(value, color=SOFT, ls=(0, (4, 3)), lw=1.2)
+        ticks = list(dict.fromkeys(x for _, points in series for x, _ in points))
+        if log_base:
+            axes.set_xscale("symlog" if 0 in ticks else "log", base=log_base)
+        if ticks and len(ticks) <= 10:
+            axes.set_xticks(ticks, [f"{x:g}" if isinstance(x, (int, float)) else x for x in ticks])
+            axes.minorticks_off()
+        if limits:
+            axes.set_ylim(*limits)
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside upper left", ncols=min(len(shown), 2 + 2 * len(panels)),
+                      frameon=False, fontsize=9, labelcolor=INK)
+    return png(figure)
+
+
+def _with_bars(axes, points, colour, mark):
+    places = [x for x, _ in points]
+    means = [spread.mean for _, spread in points]
+    below = [spread.mean - min(spread.values) for _, spread in points]
+    above = [max(spread.values) - spread.mean for _, spread in points]
+    return axes.errorbar(places, means, (below, above), color=colour, marker=mark, ms=4, lw=1.5, elinewidth=1.0,
+                         capsize=2)
+
+
+def heatmap(values, rows, columns, xlabel, ylabel, form="{:.0f}", size=(4.6, 3.6)):
+    """Numbers `values[row][column]` as colours, and as text in their cells; None where there is none."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    known = [value for row in values for value in row if value is not None] or [0.0]
+    lowest, highest = min(known), max(known)
+    axes.imshow([[float("nan") if value is None else value for value in row] for row in values], cmap="Blues",
+                vmin=lowest - 0.2 * (highest - lowest), vmax=highest, aspect="auto")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value is not None:
+                dark = value > (lowest + 2 * highest) / 3
+                colour = "white" if dark else INK
+                axes.text(x, y, form.format(value), ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks(range(len(columns)), [f"{x:g}" for x in columns])
+    axes.set_yticks(range(len(rows)), [f"{y:g}" for y in rows])
+    axes.set_xlabel(xlabel, color=SOFT, fontsize=9)
+    axes.set_ylabel(ylabel, color=SOFT, fontsize=9)
+    axes.tick_params(colors=SOFT, labelsize=9, length=0)
+    axes.spines[:].set_color(GRID)
+    return png(figure)
+
+
+def pictures(rows, titles, size=1.3):
+    """A sheet: `rows` of (label, pictures), each an array [h, w] or [h, w, 3]; `titles` above the columns."""
+    figure = Figure(figsize=(size * len(titles) + 1.0, size * len(rows) + 0.3), layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for number, (axes_of, (label, shown)) in enumerate(zip(grid, rows)):
+        for axes, title, picture in zip(axes_of, titles, shown):
+            axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+            if number == 0:
+                axes.set_title(title, color=INK, fontsize=9)
+        axes_of[0].set_ylabel(label, color=INK, fontsize=9)
+    return png(figure)

@@ -1,0 +1,272 @@
+"""Runs an experiment: which runs there are, which are still to do, and what they say together.
+
+A run is a case and a seed. A case is a dict that JSON can hold and that says everything a run depends on: the factors
+that the experiment varies, and under "train" the trainer's settings. A finished run is one line of runs.jsonl; a run
+whose case and seed stand there is kept, so an experiment that was stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from simclr import cli
+from simclr.errors import UsageError
+from simclr.settings import COUNT, Parser
+
+SCALES = ("desk", "paper")
+SMOKE_SHARE = 20  # a reduced run takes one step of so many
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens."""
+
+    folder: Path  # its own, for checkpoints
+    data: dict  # {name: folder} of the data sets that the command line named
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def pictures(self, name):
+        """The folder of a data set, or the name of one that needs none."""
+        if name in ("digits", "synthetic"):
+            return name
+        if name not in self.data:
+            raise UsageError(f"--data: expected {name}=FOLDER for --scale paper, got {' '.join(self.data) or 'none'}")
+        return self.data[name]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number over the seeds; as text its mean and half the distance from the lowest to the highest."""
+
+    values: tuple
+
+    @property
+    def mean(self):
+        return statistics.fmean(self.values)
+
+    @property
+    def half(self):
+        return (max(self.values) - min(self.values)) / 2
+
+    def __format__(self, form):
+        text = format(self.mean, form)
+        return f"{text} ± {self.half:{form}}" if len(self.values) > 1 else text
+
+
+class Results:
+    """The finished runs of an experiment."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def results(self, **factors):
+        """What was measured in the runs whose cases have these factors."""
+        return [record["result"] for record in self.records
+                if all(record["case"].get(name) == value for name, value in factors.items())]
+
+    def spread(self, measured, scale=1.0, **factors):
+        """`Spread` of one measured number, or None where no such run is finished."""
+        values = tuple(scale * result[measured] for result in self.results(**factors))
+        return Spread(values) if values else None
+
+    def cell(self, measured, form=".1f", scale=100.0, **factors):
+        """The same as text for a table; shares in per cent."""
+        found = self.spread(measured, scale, **factors)
+        return MISSING if found is None else format(found, form)
+
+    def points(self, measured, factor, values, scale=100.0, **factors):
+        """[(value, Spread)] along one factor, of those that are finished: what `figures.curves` takes."""
+        found = [(value, self.spread(measured, scale, **{factor: value}, **factors)) for value in values]
+        return [(value, spread) for value, spread in found if spread]
+
+    def factor(self, name):
+        """All values of a factor, in the order of the runs."""
+        return list(dict.fromkeys(record["case"][name] for record in self.records if name in record["case"]))
+
+    @property
+    def seconds(self):
+        return sum(record["seconds"] / record["jobs"] for record in self.records)
+
+    @property
+    def seeds(self):
+        return len({record["seed"] for record in self.records})
+
+
+@dataclass(frozen=True)
+class Study:
+    """One experiment; its texts are those of its section of the page."""
+
+    name: str
+    title: str  # what it shows
+    source: str  # of the finding
+    published: str  # the published figures or trend, Markdown
+    cases: Callable  # scale -> list of cases
+    measure: Callable  # (case, seed, Place) -> dict of what JSON can hold; on ranks above 0 of what it likes
+    table: Callable  # Results -> (head, *rows), of texts
+    figure: Callable  # Results -> PNG, as bytes
+    seeds: int = 3
+    found: str = ""  # what these results show and what they do not, Markdown
+
+    def main(self, arguments=None):
+        """The command line of one experiment; the exit code."""
+        return main([self], arguments, f"{self.name}.py")
+
+
+@dataclass
+class Options:
+    """The command line's."""
+
+    scale: str = "desk"
+    out: Path = Path("results/experiments")
+    data: dict = field(default_factory=dict)
+    jobs: int = 1
+    seeds: int | None = None
+    smoke: bool = False
+    settings: dict = field(default_factory=dict)  # of the trainer, in the place of the cases' own
+    device: torch.device | str = "auto"
+    workers: int = 0  # processes beside this one that read pictures: none that these options know of
+    rank: int = 0
+    world: int = 1
+
+
+def parse(arguments, prog):
+    reader = Parser(prog=prog, description="Finished runs are kept: the same command goes on where it was stopped.")
+    reader.add_argument("--scale", choices=SCALES, default="desk", help="desk: minutes on two cores (%(default)s); "
+                        "paper: the published size, which needs --data and a GPU")
+    reader.add_argument("--smoke", action="store_true", help=f"a step of {SMOKE_SHARE}, one seed: whether it runs")
+    reader.add_argument("--data", nargs="+", default=[], metavar="NAME=FOLDER", help="mnist, cifar10 or imagenet, as a "
+                        "folder with train/ and val/ and in these one folder a class")
+    reader.add_argument("--out", type=Path, help="folder for what comes out; default: results/experiments, with the "
+                        "scale in its name unless it is desk")
+    reader.add_argument("--seeds", type=COUNT, help="as many as the experiment has by default, or fewer or more")
+    reader.add_argument("--jobs", type=COUNT, help="runs at a time; default: one for every core, of a GPU one")
+    reader.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="settings of the trainer in the "
+                        "place of the experiment's own, such as steps=50 or batch=256")
+    reader.add_argument("--device", default="auto", help="cuda, cuda:N or cpu (cuda where there is one)")
+    found = reader.parse_args(arguments)
+    pairs = {}
+    for option in ("data", "set"):
+        for text in getattr(found, option):
+            if not all(text.partition("=")):
+                reader.error(f"argument --{option}: expected NAME=VALUE, got {text}")
+        pairs[option] = dict(text.split("=", 1) for text in getattr(found, option))
+    kind = "smoke" if found.smoke else found.scale
+    out = found.out or Path("results/experiments" + ("" if kind == "desk" else f"-{kind}"))
+    jobs = found.jobs or (1 if cli.find_device(found.device).type == "cuda" or dist.is_torchelastic_launched()
+                          else len(os.sched_getaffinity(0)))
+    return Options(found.scale, out, pairs["data"], jobs, found.seeds, found.smoke, pairs["set"], found.device)
+
+
+def main(studies, arguments=None, prog="all.py"):
+    """The command line of experiments. Exit code: 0; 1 where one failed; 2 for what the person can put right."""
+    try:
+        with cli.one_line(prog):
+            options = parse(arguments, prog)
+            with cli.processes(options) as (options.device, options.rank, options.world):
+                for study in studies:
+                    run(study, options)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def planned(study, options):
+    """(case, seed) of every run."""
+    seeds = options.seeds or (1 if options.smoke else study.seeds)
+    return [(_adapted(case, options), seed) for seed in range(seeds) for case in study.cases(options.scale)]
+
+
+def _adapted(case, options):
+    train = dict(case["train"])
+    if options.smoke and "steps" in train:
+        train["steps"] = max(2, train["steps"] // SMOKE_SHARE)
+    return {**case, "train": train | options.settings}
+
+
+def run(study, options):
+    """Do the runs that are not finished, then write table.md and figure.png; returns the Results, on rank 0."""
+    folder = options.out / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "runs.jsonl"
+    plan = {_key(case, seed): (case, seed) for case, seed in planned(study, options)}
+    found = {_key(record["case"], record["seed"]): record for record in finished(path)}
+    kept = [found[key] for key in plan if key in found]
+    left = [run for key, run in plan.items() if key not in found]
+    for record in _measured(study, options, left, folder, len(kept)):
+        kept.append(record)
+        if options.rank == 0:  # the runs of a rank are those of all
+            with open(path, "a", encoding="utf-8") as file:
+                print(json.dumps(record), file=file)
+    if options.rank:
+        return None
+    order = list(plan)
+    results = Results(sorted(kept, key=lambda record: order.index(_key(record["case"], record["seed"]))))
+    (folder / "table.md").write_text(markdown(*study.table(results)), encoding="utf-8")
+    (folder / "figure.png").write_bytes(study.figure(results))
+    return results
+
+
+def _key(case, seed):
+    return json.dumps([case, seed], sort_keys=True)
+
+
+def finished(path):
+    """The records of a file; a last line that was not written to its end is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _measured(study, options, runs, folder, done):
+    """Records of the runs, as they finish."""
+    task = partial(_record, study.measure, options, folder)
+    bar = tqdm(total=done + len(runs), initial=done, unit="run", desc=study.name, dynamic_ncols=True,
+               mininterval=0.1 if sys.stderr.isatty() else 15, disable=options.rank != 0)
+    with bar:
+        if options.jobs == 1:
+            for run in runs:
+                yield task(run)
+                bar.update()
+        elif runs:
+            # New processes, not forked ones: a fork of a process that has computed has half of its threads.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
+                futures = [pool.submit(task, run) for run in runs]
+                try:
+                    for future in as_completed(futures):
+                        yield future.result()
+                        bar.update()
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+
+def _record(measure, options, folder, run):
+    """Do one run."""
+    case, seed = run
+    own = folder / f"run-{hashlib.sha256(_key(case, seed).encode()).hexdigest()[:16]}"
+    started = time.perf_counter()
+    result = measure(case, seed, Place(own, options.data, torch.device(options.device), options.rank, options.world))
+    if options.rank == 0:
+        shutil.rmtree(own, ignore_errors=True)
+    return dict(case=case, seed=seed, seconds=round(time.perf_counter() - started, 1), jobs=options.jobs, result=result)
+
+
+def markdown(head, *rows):
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,153 @@
+"""The way from a case to a trained encoder and its probes: the trainer of `simclr`, on any pictures.
+
+`supervised` trains the same encoder on the labels, with the same views; `untrained` is the encoder as it begins.
+"""
+
+import itertools
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from simclr import cli, methods, model, probe, settings
+
+DESK = dict(arch="convnet", width=16, batch=128, steps=500, lr=2e-3, warmup=0.05, augment="device", workers=0)
+
+
+def arguments(train):
+    """The trainer's command line for a dict of its settings: True is a switch, a list its values."""
+    for name, value in train.items():
+        yield f"--{name.replace('_', '-')}"
+        if value is not True:
+            yield from map(str, value if isinstance(value, (list, tuple)) else [value])
+
+
+def prepare(case, seed, place, source, build=methods.build):
+    """The trainer before its first step, or where its last checkpoint was; `build` makes its method.
+
+    Of a case it needs "train", the settings of the trainer by their names on its command line.
+    """
+    given = ["pictures", *arguments(case["train"]), "--seed", str(seed), "--no-probe", "--quiet", "--resume",
+             "--out", str(place.folder)]
+    return cli.prepare(settings.parse(given, "trainer"), source, place.device, place.rank, place.world, build)
+
+
+def train(case, seed, place, source, build=methods.build):
+    """The trainer after its last step."""
+    trainer = prepare(case, seed, place, source, build)
+    trainer.run()
+    trainer.log.close()
+    return trainer
+
+
+def untrained(case, seed, place, source, build=methods.build):
+    """The trainer before its first step, for probes."""
+    trainer = prepare(case, seed, place, source, build)
+    trainer.log.close()
+    return trainer
+
+
+def features(trainer, train, test):
+    """`probe.Features` of the trainer's encoder, frozen; of two splits of any pictures that its `plain` takes."""
+    parts = [part for pictures in (train, test) for part in trainer.rows_of(pictures)]
+    return probe.Features(*parts) if trainer.rank == 0 else None
+
+
+def linear(trainer, train=None, test=None):
+    """Accuracy of the linear probe, 0 to 1: of the source's splits, or of others. On ranks above 0 nothing."""
+    found = features(trainer, train or trainer.source.train, test or trainer.source.test)
+    return probe.linear_probe(found).top1 if trainer.rank == 0 else None
+
+
+class Supervised(methods.Method):
+    """Cross-entropy of a linear classifier on the encoder, on one view of each picture.
+
+    `targets` [n, classes] are shares that sum to 1: of one class for each picture, or of several in it.
+    """
+
+    views = 1
+
+    def __init__(self, network, targets):
+        super().__init__(network)
+        self.register_buffer("shares", targets)
+
+    def targets(self, views, index):
+        return self.shares[index]
+
+    def loss(self, rows, targets):
+        return F.cross_entropy(rows[0].float(), targets)
+
+    def top1(self, rows, targets):
+        """Share of pictures for which a class in them is named."""
+        return targets.gather(1, rows[0].argmax(1, keepdim=True)).gt(0).float().mean()
+
+
+def supervised(settings, source, dtype=None):
+    """`build` for supervised training. `source.train.shares` [n, classes] are its targets, else its labels are."""
+    encoder = model.build_encoder(settings.arch, source.channels, source.image_size, settings.width)
+    head = nn.Linear(encoder.num_features, len(source.classes))
+    shares = getattr(source.train, "shares", None)
+    if shares is None:
+        shares = F.one_hot(source.train.labels, len(source.classes)).float()
+    return Supervised(methods.Network(encoder, head, dtype=dtype), shares)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, two linear maps to mean and log-variance of `dim` latent numbers, and a decoder from a sample of them.
+
+    Its rows are the reconstruction's logits, the means and the log-variances, side by side.
+    """
+
+    def __init__(self, encoder, shape, dim, width, dtype=None):
+        super().__init__()
+        self.encoder, self.shape, self.dtype = encoder, shape, dtype
+        self.head = nn.Linear(encoder.num_features, 2 * dim)
+        channels, side = shape[0], -(-shape[1] // 8)
+        self.start = nn.Sequential(nn.Linear(dim, 4 * width * side * side), nn.Unflatten(1, (4 * width, side, side)))
+        steps = [[nn.ReLU(inplace=True), nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
+                 for before, after in itertools.pairwise((4 * width, 2 * width, width, channels))]
+        self.decoder = nn.Sequential(*itertools.chain(*steps))
+
+    def forward(self, pictures):
+        with methods.Network.autocast(self, pictures.device.type):
+            mean, log_variance = self.head(self.encoder(pictures)).chunk(2, dim=1)
+            sample = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+            logits = self.decoder(self.start(sample))[..., : self.shape[1], : self.shape[2]]
+            return torch.cat([logits.flatten(1), mean, log_variance], dim=1)
+
+
+class VAE(methods.Method):
+    """A variational autoencoder (Kingma & Welling 2013) of pictures in 0..1, of which it sees one view."""
+
+    views = 1
+
+    def __init__(self, network, dim):
+        super().__init__(network)
+        self.dim = dim
+
+    def targets(self, views, index):
+        return views[0].flatten(1)
+
+    def loss(self, rows, targets):
+        """The bound on -log p of a picture: Bernoulli reconstruction, in nats, and divergence from the normal prior."""
+        logits, mean, log_variance = rows[0].float().split([targets.shape[1], self.dim, self.dim], dim=1)
+        reconstruction = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        return (reconstruction + divergence).mean()
+
+    def top1(self, rows, targets):
+        """Share of the entries that are reconstructed on their side of one half: there is nothing to compare with."""
+        return (rows[0][:, : targets.shape[1]] > 0).eq(targets > 0.5).float().mean()
+
+
+def vae(settings, source, dtype=None):
+    """`build` for a variational autoencoder with as many latent numbers as `settings.head_out`."""
+    encoder = model.build_encoder(settings.arch, source.channels, source.image_size, settings.width)
+    shape = (source.channels, source.image_size, source.image_size)
+    return VAE(Autoencoder(encoder, shape, settings.head_out, settings.width, dtype), settings.head_out)
+
+
+def with_pictures(source, train, test=None):
+    """The source with other pictures of the same kind to train on."""
+    return replace(source, train=train, test=test or source.test)

@@ -6,7 +6,7 @@ PY := .venv/bin/python
 PIP := -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help demo demo-seeds demo-losses demo-methods test test-aot test-floor mutants bench bench-compare gpu clean
+.PHONY: help demo demo-seeds demo-losses demo-methods experiments test test-aot test-floor mutants bench bench-compare gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -23,6 +23,9 @@ demo-losses: .venv/.examples .venv/.fastcl ## the demo with every loss, side by 
 
 demo-methods: .venv/.examples .venv/.fastcl ## the demo with every method, side by side in results/demo-methods/methods.md
 	$(PY) examples/demo.py --out results/demo-methods --methods
+
+experiments: .venv/.peers .venv/.fastcl ## what is left of the papers' experiments; OUT=FOLDER for results of one's own, SMOKE=1 to try
+	$(PY) examples/experiments/all.py $(if $(SMOKE),--smoke) $(if $(OUT),--out $(OUT))
 
 test: .venv/.peers .venv/.fastcl ## run the tests on all cores, list the skipped ones with reasons
 	$(PY) -m pytest tests -rs -n auto --dist worksteal
@@ -52,7 +55,8 @@ gpu: ## tests, tuning and benchmarks on this machine's GPU, with its own python3
 	$(PYTHON) benchmarks/gpu.py --out benchmarks/results
 
 clean: ## remove environments, builds and results
-	rm -rf .venv .venv-floor build dist results *.egg-info .pytest_cache .benchmarks fastcl/_C*.so fastcl/_C_build.json
+	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .benchmarks fastcl/_C*.so fastcl/_C_build.json
+	find results -mindepth 1 -maxdepth 1 ! -name experiments -exec rm -rf {} + # those are committed
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp file per step, so that a changed pin or source repeats that step alone.

@@ -28,9 +28,9 @@ METHOD_RECIPES = {"simclr": (), "moco-v2": ("--momentum", "0.99"), "instdisc": (
 
 def run(seed, out, name="nt_xent", arguments=()):
     """One training; what came out, and the text of its settings."""
-    settings = parse(["digits", *RECIPE, *arguments, "--seed", str(seed), "--out", str(out)], "demo.py")
-    _clear(out, settings)
     with cli.one_line("demo.py"):
+        settings = parse(["digits", *RECIPE, *arguments, "--seed", str(seed), "--out", str(out)], "demo.py")
+        _clear(out, settings)
         outcome = cli.run(settings)
     print(f"{name}, seed {seed}, {outcome['seconds']:.0f} s: ", end="")
     cli.print_outcome(outcome)

@@ -105,8 +105,8 @@ def table(found):
 
 
 def main(arguments=None, prog="evaluate.py"):
-    settings = parse(arguments, prog)
     try:
+        settings = parse(arguments, prog)
         found, read = evaluate(settings)
         print(table(found))
         if read["unreadable"]:

@@ -56,7 +56,15 @@ def test_blur_by_rows_and_columns_is_blur(sigma):
 def test_small_pictures_are_blurred_only_on_demand(size, blur, blurred):
     source = data.open_data("synthetic", image_size=size, blur=blur)
     assert (augment.Blur in steps_in(source.views)) == blurred
-    assert source.device_views.args == (size, 1.0, blurred)
+    assert source.device_views.args == (size, 1.0, blurred, augment.CROP)
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_the_share_of_a_crop_can_be_chosen(name):
+    source = data.open_data(name, crop=[0.5, 0.6])
+    (crop,) = [step for step in source.views.transforms if isinstance(step, v2.RandomResizedCrop)]
+    assert tuple(crop.scale) == (0.5, 0.6)
+    assert tuple(source.device_views().steps[0]._param_generator.scale) == (0.5, 0.6)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.6, math.inf, math.nan])

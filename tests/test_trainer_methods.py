@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import trainer_cases  # noqa: F401  (skips where the examples' packages are missing, and puts them on the path)
 
+import fastcl
 from simclr import data, methods, settings
 
 normalize = torch.nn.functional.normalize
@@ -67,6 +68,21 @@ def test_moco_is_cross_entropy_of_the_key_against_the_queue():
     method.update((keys, seen), 0.1)  # which puts the keys themselves into the queue
     top1 = method.top1([query.float()], (keys.float(), seen))
     assert top1 == (logits.argmax(1) == 0).double().mean()
+
+
+def test_moco_with_hard_negatives_sees_the_chosen_keys():
+    method = build("--method", "moco-v2", "--temperature", "0.3", "--hard-negatives", "24")
+    torch.manual_seed(5)
+    (query,), (keys, seen), _ = step(method)
+    torch.manual_seed(5)
+    loss = method.loss([query], (keys, seen))
+    torch.manual_seed(5)
+    chosen = fastcl.sample_hard_negatives(query.detach(), seen, 24).long()
+    query, keys = normalize(query.double(), dim=1), normalize(keys.double(), dim=1)
+    negatives = torch.einsum("nd,nkd->nk", query, seen.double()[chosen])
+    logits = torch.cat([(query * keys).sum(1, keepdim=True), negatives], 1) / 0.3
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_moco_keys_are_those_of_the_second_view_in_the_queries_order():

@@ -122,6 +122,7 @@ class Study:
     table: Callable  # Results -> (head, *rows), of texts
     figure: Callable  # Results -> PNG, as bytes
     seeds: int = 3
+    verdict: str = "not measured yet"  # whether it shows at a desk: yes, partly, no
     found: str = ""  # what these results show and what they do not, Markdown
 
     def main(self, arguments=None):
@@ -167,11 +168,20 @@ def parse(arguments, prog):
             if not all(text.partition("=")):
                 reader.error(f"argument --{option}: expected NAME=VALUE, got {text}")
         pairs[option] = dict(text.split("=", 1) for text in getattr(found, option))
+    given = {name: _number_or_text(value) for name, value in pairs["set"].items()}
     kind = "smoke" if found.smoke else found.scale
     out = found.out or Path("results/experiments" + ("" if kind == "desk" else f"-{kind}"))
     jobs = found.jobs or (1 if cli.find_device(found.device).type == "cuda" or dist.is_torchelastic_launched()
                           else len(os.sched_getaffinity(0)))
-    return Options(found.scale, out, pairs["data"], jobs, found.seeds, found.smoke, pairs["set"], found.device)
+    return Options(found.scale, out, pairs["data"], jobs, found.seeds, found.smoke, given, found.device)
+
+
+def _number_or_text(text):
+    """As the cases have it: a run is known by its settings."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def main(studies, arguments=None, prog="all.py"):
@@ -212,8 +222,7 @@ def run(study, options):
     for record in _measured(study, options, left, folder, len(kept)):
         kept.append(record)
         if options.rank == 0:  # the runs of a rank are those of all
-            with open(path, "a", encoding="utf-8") as file:
-                print(json.dumps(record), file=file)
+            _append(path, json.dumps(record))
     if options.rank:
         return None
     order = list(plan)
@@ -231,6 +240,14 @@ def finished(path):
     """The records of a file; a last line that was not written to its end is none."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _append(path, line):
+    """Write a line more; one that was not written to its end gives way."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(f"{line}\n".encode())
 
 
 def _measured(study, options, runs, folder, done):

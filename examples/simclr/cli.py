@@ -185,10 +185,9 @@ def one_line(prog):
 
 def main(arguments=None, prog="simclr_imagenet.py"):
     """Exit code: 0, 1 where training failed, 2 for settings or data that the person can put right, 128 + a signal."""
-    settings = parse(arguments, prog)
     try:
         with one_line(prog):
-            outcome = run(settings)
+            outcome = run(parse(arguments, prog))
             if outcome:
                 print_outcome(outcome)
     except SystemExit as ended:

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from . import losses, methods, optim
+from .errors import UsageError
 
 # Learning rate, its scaling with the batch, weight decay. LARS as SimCLR has it for ImageNet, SGD as MoCo v2.
 RECIPES = {"adamw": (2e-3, "none", 1e-6), "lars": (0.075, "sqrt", 1e-6), "sgd": (0.03, "linear", 1e-4)}
@@ -11,8 +12,8 @@ RECIPES = {"adamw": (2e-3, "none", 1e-6), "lars": (0.075, "sqrt", 1e-6), "sgd": 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line instead of the usage text, which would bury it."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        """For one line instead of the usage text, which would bury it."""
+        raise UsageError(message)
 
 
 def between(kind, low, high):

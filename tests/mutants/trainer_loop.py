@@ -9,6 +9,13 @@ TRAIN, LOOP_TEST = "examples/simclr/train.py", "tests/test_trainer_loop.py::test
 
 MUTANTS = [
     Mutant(
+        "hard negatives that nobody looks at",
+        METHODS,
+        "self.temperature, negative_indices=chosen",
+        "self.temperature, negative_indices=None",
+        METHODS_TEST + "moco_with_hard_negatives_sees_the_chosen_keys",
+    ),
+    Mutant(
         "keys in the order that they went through the network",
         METHODS,
         "[order.argsort()], self.queue.rows",

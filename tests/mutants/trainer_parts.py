@@ -128,8 +128,8 @@ VIEWS = [
     Mutant(
         "device: the digits' crops of photographs",
         AUGMENT,
-        "_device_crop(size, CROP)",
-        "_device_crop(size, DIGIT_CROP)",
+        "blur: bool = True, crop=CROP) -> nn.Module",
+        "blur: bool = True, crop=DIGIT_CROP) -> nn.Module",
         TEST_AUGMENT + "crops_and_flips_on_a_device_are_those_of_one_picture",
     ),
     Mutant(

@@ -1,0 +1,71 @@
+"""The page of all experiments: what was published beside what came out, from the results alone."""
+
+from . import study
+
+HEAD = """# What two papers found, at a desk
+
+Experiments on the trainer's parts, each a short file of [examples/experiments](../examples/experiments). P1 is
+"Intriguing Properties of Contrastive Losses" (Chen, Luo & Li 2021), P2 "Towards Good Practices in Self-supervised
+Representation Learning" (2020). The papers trained ResNets on CIFAR-10 and ImageNet, on accelerators, for days; a desk
+has two cores, scikit-learn's 1,797 digits and its two sample photographs, and a convolutional network of 98,000 weights.
+So what can be compared is a trend, not a figure. Every experiment had one setting, chosen before its runs, and is shown
+as it came out.
+
+    make experiments                                    # what is left to run; finished runs are kept
+    make experiments OUT=my-results                     # all of it anew, on this machine
+    make experiments SMOKE=1                            # whether everything runs
+    python examples/experiments/rand_bit.py --out mine  # one of them
+    python examples/experiments/rand_bit.py --scale paper --data mnist=path/to/mnist   # at the published size
+
+`--scale paper` takes folders of pictures, `mnist=`, `cifar10=` or `imagenet=`, each with train/ and val/ and in these a
+folder for each class; it was never run at that size here. Accuracies are per cent of test pictures; after ± is half the
+distance from the lowest to the highest seed. Minutes are those of the runs, {machine}.
+"""
+
+
+def text(studies, out):
+    """Markdown of all experiments that have results in the folder `out`, which the page names as it is here."""
+    found = [(each, _results(each, out)) for each in studies]
+    found = [(each, results) for each, results in found if results.records]
+    jobs = sorted({record["jobs"] for _, results in found for record in results.records})
+    machine = f"{' or '.join(map(str, jobs))} at a time"
+    return "\n".join([HEAD.format(machine=machine), _summary(found), *(_section(*pair, out) for pair in found)])
+
+
+def _results(each, out):
+    return study.Results(study.finished(out / each.name / "runs.jsonl"))
+
+
+def _summary(found):
+    rows = [[f"[{each.name}](#{_anchor(each)})", each.title, each.source, each.verdict, _minutes(results)]
+            for each, results in found]
+    return study.markdown(["experiment", "finding", "source", "shows at a desk", "minutes"], *rows)
+
+
+def _anchor(each):
+    kept = "".join(letter for letter in each.title.lower() if letter.isalnum() or letter in " -_")
+    return kept.replace(" ", "-")
+
+
+def _minutes(results):
+    return f"{results.seconds / 60:.0f}" if results.seconds >= 60 else "under 1"
+
+
+def _section(each, results, out):
+    folder = out / each.name
+    seeds = f"{results.seeds} seeds" if results.seeds > 1 else "one seed"
+    return f"""## {each.title}
+
+`python examples/experiments/{each.name}.py`: {len(results.records)} runs, {seeds}, {_minutes(results)} min.
+
+**Published** ({each.source}). {each.published}
+
+**Here.** {each.found}
+
+<!-- {folder.as_posix()}/table.md -->
+
+{(folder / "table.md").read_text(encoding="utf-8")}
+<!-- end -->
+
+![{each.title}](../{folder.as_posix()}/figure.png)
+"""

@@ -78,6 +78,13 @@ def test_a_line_that_was_cut_is_measured_again(tmp_path):
     assert [record["case"]["size"] for record in study.finished(path)] == [1, 2, 3]
 
 
+def test_a_line_that_was_cut_leaves_no_trace(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"a": 1}\n{"b"')
+    study._append(path, '{"c": 3}')
+    assert path.read_text() == '{"a": 1}\n{"c": 3}\n'
+
+
 def test_a_run_with_other_settings_is_another_run(tmp_path):
     study.run(toy(measured, seeds=1), options(tmp_path))
     results = study.run(toy(measured, seeds=1), options(tmp_path, "--set", "steps=7"))

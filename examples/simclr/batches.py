@@ -46,7 +46,10 @@ def drawing_from(seed):
 
 
 class RandomViews(Dataset):
-    """`count` views of a picture and its index, by the key (epoch, index); its name where it cannot be read."""
+    """`count` views of a picture and its index, by the key (epoch, index); its name where it cannot be read.
+
+    With `seed` None the transform draws nothing: to seed a generator takes as long as to look at a small picture.
+    """
 
     def __init__(self, pictures, transform, seed, count=2):
         self.pictures, self.transform, self.seed, self.count = pictures, transform, seed, count
@@ -56,6 +59,8 @@ class RandomViews(Dataset):
         picture = self.pictures.read(index)
         if picture is None:
             return self.pictures.name(index)
+        if self.seed is None:
+            return [self.transform(picture)] * self.count, index
         with drawing_from(seed_of(self.seed, epoch, index)):
             return [self.transform(picture) for _ in range(self.count)], index
 
@@ -172,7 +177,7 @@ def train_loader(source, batches, seed, workers, pin=False, views=2, on_device=F
     Raw pictures are uint8, as `source.raw` makes them, one view of each: the module that `source.device_views()` builds
     makes random views of such a batch on its device, one more at every call.
     """
-    transform, count = (source.raw, 1) if on_device else (source.views, views)
+    transform, count, seed = (source.raw, 1, None) if on_device else (source.views, views, seed)
     pictures = batches.share.stop - batches.share.start
     size = pictures * count * source.channels * source.image_size**2 * 4  # of floats, the larger kind
     return _loader(RandomViews(source.train, transform, seed, count), workers, pin, size, batch_sampler=batches,

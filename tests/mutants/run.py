@@ -29,6 +29,7 @@ import checkpoints
 import cuda
 import drop_ins
 import exchanges
+import experiments
 import library
 import native
 import pairs
@@ -57,6 +58,7 @@ MUTANTS = [
     *pairs.MUTANTS,
     *drop_ins.MUTANTS,
     *exchanges.MUTANTS,
+    *experiments.MUTANTS,
     *checkpoints.MUTANTS,
     *sorting.MUTANTS,
     *trainer_loop.MUTANTS,

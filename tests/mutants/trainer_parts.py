@@ -84,8 +84,8 @@ DEALT = [
     Mutant(
         "views instead of raw pictures",
         BATCHES,
-        "(source.raw, 1) if on_device",
-        "(source.views, 1) if on_device",
+        "(source.raw, 1, None) if on_device",
+        "(source.views, 1, None) if on_device",
         TEST_DATA + "raw_pictures_come_once",
     ),
     Mutant(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,25 @@ def test_runs_in_processes_of_their_own_find_the_same(tmp_path):
         records = study.finished(out / "rand_bit" / "runs.jsonl")[-2:]
         found.append(sorted((json.dumps(record["case"]), record["result"]["linear"]) for record in records))
     assert found[0] == found[1] and found[0][0][1] != 0.5
+
+
+def test_what_ends_it_ends_its_processes(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "experiments" / "rand_bit.py"), "--device", "cpu", "--jobs", "2", "--out",
+               str(tmp_path), "--set", "steps=100000", "width=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("rand_bit/run-*/log.jsonl"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 143 and "Traceback" not in message, message
+    assert "rand_bit.py: stopped; the same command goes on" in message.splitlines(), message
+    assert len(children) >= 2
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a process outlives the one that started it"
+        time.sleep(0.2)
 
 
 def test_two_ranks_share_a_run(tmp_path):

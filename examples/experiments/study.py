@@ -5,11 +5,13 @@ that the experiment varies, and under "train" the trainer's settings. A finished
 whose case and seed stand there is kept, so an experiment that was stopped goes on where it was.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from simclr import cli
 from simclr.errors import UsageError
+from simclr.interrupt import Interrupted
 from simclr.settings import COUNT, Parser
 
 SCALES = ("desk", "paper")
@@ -265,12 +268,30 @@ def _measured(study, options, runs, folder, done):
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
                 futures = [pool.submit(task, run) for run in runs]
-                try:
+                with _ending_together(futures):
                     for future in as_completed(futures):
                         yield future.result()
                         bar.update()
-                finally:
-                    pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _ending_together(futures):
+    """What ends this process before its time, ends the others: SIGTERM is for this one alone."""
+
+    def stop(number, _frame):
+        raise Interrupted(number, "stopped; the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _record(measure, options, folder, run):

@@ -10,8 +10,11 @@ class Interrupted(Exception):
     """Raised after the last step's checkpoint; `code` is the exit code that shells expect, 128 + the signal."""
 
     def __init__(self, number, message):
-        super().__init__(message)
+        super().__init__(number, message)
         self.code = 128 + number
+
+    def __str__(self):
+        return self.args[1]
 
 
 class Interrupts:

@@ -13,7 +13,7 @@ import torch
 from trainer_cases import ENVIRONMENT, EXAMPLES, one_thread, picture_folder  # noqa: F401
 
 from experiments import all as everything
-from experiments import datasets, page, rand_bit, study, training
+from experiments import datasets, page, rand_bit, results, study, training
 from simclr import methods
 from simclr.errors import UsageError
 
@@ -26,9 +26,9 @@ def toy(measure, seeds=2, **texts):
         name="toy", title="A finding: it is so", source="P1, Fig. 0", published="It was so.",
         cases=lambda scale: [dict(size=size, train={"steps": 40}) for size in (1, 2, 3)],
         measure=measure, seeds=seeds,
-        table=lambda results: (["size", *map(str, (1, 2, 3))],
-                               ["score", *(results.cell("score", size=size) for size in (1, 2, 3))]),
-        figure=lambda results: b"picture", **texts)
+        table=lambda found: (["size", *map(str, (1, 2, 3))],
+                               ["score", *(found.cell("score", size=size) for size in (1, 2, 3))]),
+        figure=lambda found: b"picture", **texts)
 
 
 def measured(case, seed, place):
@@ -53,9 +53,9 @@ def test_finished_runs_are_kept_and_the_rest_is_done(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         study.run(toy(stopped), options(tmp_path))
-    results = study.run(toy(stopped), options(tmp_path))
+    found = study.run(toy(stopped), options(tmp_path))
     assert calls == [(1, 0), (2, 0), (3, 0), (1, 1), (1, 1), (2, 1), (3, 1)]
-    assert [(record["case"]["size"], record["seed"]) for record in results.records] == [
+    assert [(record["case"]["size"], record["seed"]) for record in found.records] == [
         (1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (3, 1)]
     assert (tmp_path / "toy" / "table.md").read_text() == (
         "| size | 1 | 2 | 3 |\n| --- | --- | --- | --- |\n| score | 10.5 ± 0.5 | 20.5 ± 0.5 | 30.5 ± 0.5 |\n")
@@ -75,23 +75,23 @@ def test_a_line_that_was_cut_is_measured_again(tmp_path):
         calls.append(case["size"])
         return measured(case, seed, place)
 
-    results = study.run(toy(counted, seeds=1), options(tmp_path))
-    assert calls == [3] and len(results.records) == 3
-    assert [record["case"]["size"] for record in study.finished(path)] == [1, 2, 3]
+    found = study.run(toy(counted, seeds=1), options(tmp_path))
+    assert calls == [3] and len(found.records) == 3
+    assert [record["case"]["size"] for record in results.finished(path)] == [1, 2, 3]
 
 
 def test_a_line_that_was_cut_leaves_no_trace(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"a": 1}\n{"b"')
-    study._append(path, '{"c": 3}')
+    results.append(path, '{"c": 3}')
     assert path.read_text() == '{"a": 1}\n{"c": 3}\n'
 
 
 def test_a_run_with_other_settings_is_another_run(tmp_path):
     study.run(toy(measured, seeds=1), options(tmp_path))
-    results = study.run(toy(measured, seeds=1), options(tmp_path, "--set", "steps=7"))
-    assert [record["case"]["train"] for record in results.records] == [{"steps": 7}] * 3
-    assert len(study.finished(tmp_path / "toy" / "runs.jsonl")) == 6
+    found = study.run(toy(measured, seeds=1), options(tmp_path, "--set", "steps=7"))
+    assert [record["case"]["train"] for record in found.records] == [{"steps": 7}] * 3
+    assert len(results.finished(tmp_path / "toy" / "runs.jsonl")) == 6
 
 
 def test_a_reduced_run_has_a_step_of_twenty_and_one_seed(tmp_path):
@@ -116,7 +116,7 @@ def test_runs_in_processes_of_their_own_find_the_same(tmp_path):
         done = subprocess.run([*command, "--out", str(out), "--jobs", jobs], capture_output=True, text=True,
                               env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
-        records = study.finished(out / "rand_bit" / "runs.jsonl")[-2:]
+        records = results.finished(out / "rand_bit" / "runs.jsonl")[-2:]
         found.append(sorted((json.dumps(record["case"]), record["result"]["linear"]) for record in records))
     assert found[0] == found[1] and found[0][0][1] != 0.5
 
@@ -151,7 +151,7 @@ def test_two_ranks_share_a_run(tmp_path):
             print(json.dumps(dict(case=case, seed=seed, seconds=0, jobs=1, result=dict(linear=0.5))), file=file)
     done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    records = study.finished(tmp_path / "rand_bit" / "runs.jsonl")
+    records = results.finished(tmp_path / "rand_bit" / "runs.jsonl")
     assert len(records) == len(plan) and records[-1]["case"] == plan[0][0] and 0 < records[-1]["result"]["linear"] <= 1
 
 
@@ -161,13 +161,13 @@ def test_two_ranks_share_a_run(tmp_path):
 def test_spreads_and_cells():
     records = [dict(case=dict(kind=kind, bits=bits), seed=seed, seconds=30.0, jobs=2, result=dict(score=score))
                for kind, bits, seed, score in (("a", 0, 0, 0.5), ("a", 0, 1, 0.7), ("a", 2, 0, 0.25))]
-    results = study.Results(records)
-    assert results.cell("score", kind="a", bits=0) == "60.0 ± 10.0"
-    assert results.cell("score", kind="a", bits=2) == "25.0"
-    assert results.cell("score", kind="b", bits=2) == study.MISSING
-    points = results.points("score", "bits", [0, 1, 2], kind="a")
+    found = results.Results(records)
+    assert found.cell("score", kind="a", bits=0) == "60.0 ± 10.0"
+    assert found.cell("score", kind="a", bits=2) == "25.0"
+    assert found.cell("score", kind="b", bits=2) == results.MISSING
+    points = found.points("score", "bits", [0, 1, 2], kind="a")
     assert [(x, round(spread.mean, 6)) for x, spread in points] == [(0, 60.0), (2, 25.0)]
-    assert results.factor("bits") == [0, 2] and results.seconds == 45.0 and results.seeds == 2
+    assert found.factor("bits") == [0, 2] and found.seconds == 45.0 and found.seeds == 2
 
 
 # The command line
@@ -275,7 +275,7 @@ def test_the_page_has_what_came_out(tmp_path):
 
 
 def test_every_experiment_is_in_the_list():
-    own = {"__init__", "all", "study", "training", "datasets", "figures", "page"}
+    own = {"__init__", "all", "study", "results", "training", "datasets", "figures", "page"}
     files = {path.stem for path in (EXAMPLES / "experiments").glob("*.py")} - own
     assert files == set(everything.NAMES)
     for each in everything.studies():

@@ -1,6 +1,6 @@
 """The page of all experiments: what was published beside what came out, from the results alone."""
 
-from . import study
+from .results import Results, finished, markdown
 
 HEAD = """# What two papers found, at a desk
 
@@ -33,13 +33,13 @@ def text(studies, out):
 
 
 def _results(each, out):
-    return study.Results(study.finished(out / each.name / "runs.jsonl"))
+    return Results(finished(out / each.name / "runs.jsonl"))
 
 
 def _summary(found):
     rows = [[f"[{each.name}](#{_anchor(each)})", each.title, each.source, each.verdict, _minutes(results)]
             for each, results in found]
-    return study.markdown(["experiment", "finding", "source", "shows at a desk", "minutes"], *rows)
+    return markdown(["experiment", "finding", "source", "shows at a desk", "minutes"], *rows)
 
 
 def _anchor(each):

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from experiments.results import Results, append, finished, markdown
 from simclr import cli
 from simclr.errors import UsageError
 from simclr.interrupt import Interrupted
@@ -32,7 +32,6 @@ from simclr.settings import COUNT, Parser
 
 SCALES = ("desk", "paper")
 SMOKE_SHARE = 20  # a reduced run takes one step of so many
-MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -52,64 +51,6 @@ class Place:
         if name not in self.data:
             raise UsageError(f"--data: expected {name}=FOLDER for --scale paper, got {' '.join(self.data) or 'none'}")
         return self.data[name]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """One number over the seeds; as text its mean and half the distance from the lowest to the highest."""
-
-    values: tuple
-
-    @property
-    def mean(self):
-        return statistics.fmean(self.values)
-
-    @property
-    def half(self):
-        return (max(self.values) - min(self.values)) / 2
-
-    def __format__(self, form):
-        text = format(self.mean, form)
-        return f"{text} ± {self.half:{form}}" if len(self.values) > 1 else text
-
-
-class Results:
-    """The finished runs of an experiment."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def results(self, **factors):
-        """What was measured in the runs whose cases have these factors."""
-        return [record["result"] for record in self.records
-                if all(record["case"].get(name) == value for name, value in factors.items())]
-
-    def spread(self, measured, scale=1.0, **factors):
-        """`Spread` of one measured number, or None where no such run is finished."""
-        values = tuple(scale * result[measured] for result in self.results(**factors))
-        return Spread(values) if values else None
-
-    def cell(self, measured, form=".1f", scale=100.0, **factors):
-        """The same as text for a table; shares in per cent."""
-        found = self.spread(measured, scale, **factors)
-        return MISSING if found is None else format(found, form)
-
-    def points(self, measured, factor, values, scale=100.0, **factors):
-        """[(value, Spread)] along one factor, of those that are finished: what `figures.curves` takes."""
-        found = [(value, self.spread(measured, scale, **{factor: value}, **factors)) for value in values]
-        return [(value, spread) for value, spread in found if spread]
-
-    def factor(self, name):
-        """All values of a factor, in the order of the runs."""
-        return list(dict.fromkeys(record["case"][name] for record in self.records if name in record["case"]))
-
-    @property
-    def seconds(self):
-        return sum(record["seconds"] / record["jobs"] for record in self.records)
-
-    @property
-    def seeds(self):
-        return len({record["seed"] for record in self.records})
 
 
 @dataclass(frozen=True)
@@ -225,7 +166,7 @@ def run(study, options):
     for record in _measured(study, options, left, folder, len(kept)):
         kept.append(record)
         if options.rank == 0:  # the runs of a rank are those of all
-            _append(path, json.dumps(record))
+            append(path, json.dumps(record))
     if options.rank:
         return None
     order = list(plan)
@@ -237,20 +178,6 @@ def run(study, options):
 
 def _key(case, seed):
     return json.dumps([case, seed], sort_keys=True)
-
-
-def finished(path):
-    """The records of a file; a last line that was not written to its end is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _append(path, line):
-    """Write a line more; one that was not written to its end gives way."""
-    with open(path, "ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(f"{line}\n".encode())
 
 
 def _measured(study, options, runs, folder, done):
@@ -303,8 +230,3 @@ def _record(measure, options, folder, run):
     if options.rank == 0:
         shutil.rmtree(own, ignore_errors=True)
     return dict(case=case, seed=seed, seconds=round(time.perf_counter() - started, 1), jobs=options.jobs, result=result)
-
-
-def markdown(head, *rows):
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines) + "\n"

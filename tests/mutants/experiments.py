@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from mutant import Mutant
 
-STUDY, TRAINING = "examples/experiments/study.py", "examples/experiments/training.py"
+STUDY, RESULTS = "examples/experiments/study.py", "examples/experiments/results.py"
+TRAINING = "examples/experiments/training.py"
 TEST = "tests/test_experiments.py::test_"
 
 MUTANTS = [
     Mutant(
         "a line that was cut stays in front of the next",
-        STUDY,
+        RESULTS,
         'file.truncate(file.read().rfind(b"\\n") + 1)',
         "file.read()",
         TEST + "a_line_that_was_cut_leaves_no_trace",
@@ -24,14 +25,14 @@ MUTANTS = [
     ),
     Mutant(
         "the whole distance between seeds",
-        STUDY,
+        RESULTS,
         "(max(self.values) - min(self.values)) / 2",
         "max(self.values) - min(self.values)",
         TEST + "spreads_and_cells",
     ),
     Mutant(
         "seconds of processes, not of the clock",
-        STUDY,
+        RESULTS,
         'record["seconds"] / record["jobs"]',
         'record["seconds"]',
         TEST + "spreads_and_cells",

@@ -11,13 +11,15 @@ COLOURS = (*LINES, "#8c6d31", "#5c6773", "#e377c2")
 MARKS = "osD^vP*Xh"
 
 
-def curves(panels, xlabel, ylabel, limits=(0, 100), log_base=None, size=(4.4, 3.2)):
-    """A panel for each of `panels`: (title, [(label, points)...], levels), `levels` a list of (label, value).
+def curves(panels, xlabel, ylabel, limits=(0, 100), log_base=None, size=(4.4, 3.2), shared=True):
+    """A panel for each of `panels`: (title, [(label, points)...], levels), `levels` a list of (label, value), or of
+    (label, [(x, value)...]) for one that is not the same everywhere.
 
-    The same label has the same colour in all panels; the legend, above them, has it once.
+    The same label has the same colour in all panels; the legend, above them, has it once. All panels have the same
+    vertical axis, or each its own where it is not `shared`.
     """
     figure = Figure(figsize=(size[0] * len(panels), size[1] + 0.4), layout="constrained")
-    axes_of = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes_of = figure.subplots(1, len(panels), sharey=shared, squeeze=False)[0]
     styles, shown = {}, {}
     for number, (axes, (title, series, levels)) in enumerate(zip(axes_of, panels)):
         panel(axes, xlabel, ylabel if number == 0 else "")
@@ -27,7 +29,11 @@ def curves(panels, xlabel, ylabel, limits=(0, 100), log_base=None, size=(4.4, 3.
             if points:
                 shown[label] = _with_bars(axes, points, colour, mark)
         for label, value in levels:
-            shown[label] = axes.axhline(value, color=SOFT, ls=(0, (4, 3)), lw=1.2)
+            dashed = dict(color=SOFT, ls=(0, (4, 3)), lw=1.2)
+            if isinstance(value, list):
+                shown[label], = axes.plot(*zip(*value) if value else ([], []), **dashed)
+            else:
+                shown[label] = axes.axhline(value, **dashed)
         ticks = list(dict.fromkeys(x for _, points in series for x, _ in points))
         if log_base:
             axes.set_xscale("symlog" if 0 in ticks else "log", base=log_base)
@@ -54,7 +60,32 @@ def _with_bars(axes, points, colour, mark):
 def heatmap(values, rows, columns, xlabel, ylabel, form="{:.0f}", size=(4.6, 3.6)):
     """Numbers `values[row][column]` as colours, and as text in their cells; None where there is none."""
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
+    _cells(figure.subplots(), values, rows, columns, xlabel, ylabel, form)
+    return png(figure)
+
+
+def heatmap_and_histograms(cells, panels, edges, curve, size=(11.2, 4.0)):
+    """`cells`, the arguments of `heatmap`, beside histograms in two columns, all on the same axes.
+
+    A panel is (title, counts): of each of its columns what falls between the `edges`, one outline a column. `curve` is
+    the density [(x, y)...] that they are to follow.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    _cells(left.subplots(), *cells)
+    axes_of = right.subplots(-(-max(len(panels), 1) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (title, columns) in zip(axes_of, panels):
+        panel(axes, "", "")
+        axes.set_title(title, color=INK, fontsize=9)
+        for counts, colour in zip(columns, COLOURS):
+            total = sum(counts)
+            heights = [count / total / (high - low) for count, low, high in zip(counts, edges, edges[1:])]
+            axes.stairs(heights, edges, color=colour, lw=1.2)
+        axes.plot(*zip(*curve), color=INK, ls=(0, (4, 3)), lw=1.2)
+    return png(figure)
+
+
+def _cells(axes, values, rows, columns, xlabel, ylabel, form="{:.0f}"):
     known = [value for row in values for value in row if value is not None] or [0.0]
     lowest, highest = min(known), max(known)
     axes.imshow([[float("nan") if value is None else value for value in row] for row in values], cmap="Blues",
@@ -71,7 +102,6 @@ def heatmap(values, rows, columns, xlabel, ylabel, form="{:.0f}", size=(4.6, 3.6
     axes.set_ylabel(ylabel, color=SOFT, fontsize=9)
     axes.tick_params(colors=SOFT, labelsize=9, length=0)
     axes.spines[:].set_color(GRID)
-    return png(figure)
 
 
 def pictures(rows, titles, size=1.3):

@@ -22,7 +22,7 @@ EPOCHS = {"desk": [20, 60], "paper": [100, 200, 400, 800]}
 PICTURES = 1438  # training digits
 DIGIT, CANVAS = 14, 32  # pixels
 TRAIN = {
-    "desk": dict(training.DESK, width=8, optimizer="lars", lr=0.2, lr_scaling="sqrt"),
+    "desk": dict(training.DESK, optimizer="lars", lr=0.2, lr_scaling="sqrt"),
     "paper": dict(arch="resnet50", optimizer="lars", lr=0.075, lr_scaling="sqrt", head_out=128),
 }
 

@@ -3,9 +3,12 @@
 A point is (x, Spread): its mean is drawn, and a bar from the lowest to the highest seed.
 """
 
-from matplotlib.figure import Figure
+import io
 
-from simclr.plots import GRID, INK, LINES, SOFT, panel, png
+from matplotlib.figure import Figure
+from PIL import Image
+
+from simclr.plots import CLASSES, GRID, INK, LINES, SOFT, panel, png
 
 COLOURS = (*LINES, "#8c6d31", "#5c6773", "#e377c2")
 MARKS = "osD^vP*Xh"
@@ -57,6 +60,29 @@ def _with_bars(axes, points, colour, mark):
                          capsize=2)
 
 
+def bars(groups, series, ylabel, levels=(), size=(7.5, 3.6)):
+    """For each of `groups` a bar of every series: (label, [Spread or None...]); `levels` as in `curves`."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    panel(axes, "", ylabel)
+    width, shown = 0.8 / max(1, len(series)), {}
+    for number, (label, spreads) in enumerate(series):
+        found = [(place + (number + 0.5) * width - 0.4, spread) for place, spread in enumerate(spreads) if spread]
+        colour = COLOURS[number % len(COLOURS)]
+        for place, spread in found:
+            shown[label] = axes.bar(place, spread.mean, 0.92 * width, color=colour, alpha=0.85)
+            axes.vlines(place, min(spread.values), max(spread.values), color=INK, lw=1.2)
+            axes.annotate(f"{spread.mean:.1f}", (place, max(spread.values)), (0, 2), textcoords="offset points",
+                          ha="center", fontsize=8, color=INK)
+    for (label, value), dashes in zip(levels, ((0, (4, 3)), (0, (1, 2)), (0, (6, 2, 1, 2)))):
+        shown[label] = axes.axhline(value, color=SOFT, ls=dashes, lw=1.2)
+    axes.set_xticks(range(len(groups)), groups)
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside upper left", ncols=4, frameon=False, fontsize=9,
+                      labelcolor=INK)
+    return png(figure)
+
+
 def heatmap(values, rows, columns, xlabel, ylabel, form="{:.0f}", size=(4.6, 3.6)):
     """Numbers `values[row][column]` as colours, and as text in their cells; None where there is none."""
     figure = Figure(figsize=size, layout="constrained")
@@ -102,6 +128,32 @@ def _cells(axes, values, rows, columns, xlabel, ylabel, form="{:.0f}"):
     axes.set_ylabel(ylabel, color=SOFT, fontsize=9)
     axes.tick_params(colors=SOFT, labelsize=9, length=0)
     axes.spines[:].set_color(GRID)
+
+
+def scatters(panels, size=2.8):
+    """A map beside the other: (title, points, classes) of each, the same class in the same colour."""
+    figure = Figure(figsize=(size * len(panels), size + 0.3), layout="constrained")
+    for axes, (title, points, classes) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        axes.scatter(*zip(*points), c=[CLASSES[label % len(CLASSES)] for label in classes], s=9, linewidths=0)
+        axes.set_title(title, color=INK, fontsize=10)
+        axes.set_aspect("equal", "datalim")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_color(GRID)
+    return png(figure)
+
+
+def stacked(*files):
+    """PNG files one below the other as one."""
+    sheets = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    found = io.BytesIO()
+    whole.save(found, format="png")
+    return found.getvalue()
 
 
 def pictures(rows, titles, size=1.3):

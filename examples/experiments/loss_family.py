@@ -37,7 +37,7 @@ PAPER = [("cifar10", 2, CIFAR10), ("imagenet", 2, IMAGENET), ("imagenet", 3, IMA
 def cases(scale):
     """First the untrained encoder of each data set, then every loss under every head for every length."""
     if scale == "desk":
-        train = dict(training.DESK, width=8)
+        train = training.DESK
         return [_case(UNTRAINED, "digits", 0, 0, dict(train, steps=1)),
                 *(_case(loss, "digits", head, steps, dict(train, **options, steps=steps))
                   for head in HEADS for steps in STEPS for loss, options in LOSSES.items())]

@@ -28,7 +28,7 @@ METHODS = {
     "untrained": {},
 }
 TRAIN = {
-    "desk": dict(training.DESK, width=8, steps=300),
+    "desk": dict(training.DESK, steps=300),
     "paper": dict(arch="resnet18", batch=1024, epochs=100, optimizer="lars", lr=0.2, head_layers=2, head_out=64),
 }
 

@@ -32,7 +32,7 @@ DIGIT, CANVAS = 14, 32  # pixels
 SHOWN = 3  # directions of a histogram
 EDGES = [number / 4 for number in range(-16, 17)]  # of its bins; the outer ones have all that lies beyond
 TRAIN = {
-    "desk": dict(training.DESK, width=8, steps=400, head_layers=2, head_out=128),
+    "desk": dict(training.DESK, steps=400, head_layers=2, head_out=128),
     "paper": dict(arch="resnet18", batch=128, epochs=200, optimizer="lars", lr=0.2, warmup=0.05, head_layers=2,
                   head_out=64),
 }

@@ -10,9 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from simclr import cli, methods, model, probe, settings
+from simclr import cli, data, methods, model, probe, settings
 
-DESK = dict(arch="convnet", width=16, batch=128, steps=500, lr=2e-3, warmup=0.05, augment="device", workers=0)
+DESK = dict(arch="convnet", width=8, batch=128, steps=500, lr=2e-3, warmup=0.05, augment="device", workers=0)
+# MoCo v2 on digits, and on ImageNet as P2 has it: 8 parts of a batch keep their batch norms apart, on one GPU or eight.
+MOCO = {
+    "desk": dict(DESK, method="moco-v2", queue=1024, momentum=0.99),
+    "paper": dict(arch="resnet50", method="moco-v2", batch=256, epochs=100, optimizer="sgd", lr=0.03, warmup=0,
+                  queue=65536, momentum=0.999, bn_splits=8, strength=0.5, crop=[0.2, 1.0]),
+}
 
 
 def arguments(train):
@@ -21,6 +27,17 @@ def arguments(train):
         yield f"--{name.replace('_', '-')}"
         if value is not True:
             yield from map(str, value if isinstance(value, (list, tuple)) else [value])
+
+
+def chosen(case, pictures="pictures"):
+    """The trainer's settings of a case, read from the command line that it stands for."""
+    return settings.parse([str(pictures), *arguments(case["train"])], "trainer")
+
+
+def folder_source(case, place):
+    """The pictures of the folder for `case["data"]`, with the views that its settings ask for."""
+    found = chosen(case, place.pictures(case["data"]))
+    return data.open_data(found.data, found.image_size, found.strength, found.blur, found.crop)
 
 
 def prepare(case, seed, place, source, build=methods.build):

@@ -275,7 +275,7 @@ def test_the_page_has_what_came_out(tmp_path):
 
 
 def test_every_experiment_is_in_the_list():
-    own = {"__init__", "all", "study", "results", "coloured", "training", "datasets", "figures", "page"}
+    own = {"__init__", "all", "study", "results", "coloured", "clusters", "training", "datasets", "figures", "page"}
     files = {path.stem for path in (EXAMPLES / "experiments").glob("*.py")} - own
     assert files == set(everything.NAMES)
     for each in everything.studies():

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from simclr import augment, data
+from simclr.errors import UsageError
 from simclr.torchvision_compat import torchvision  # noqa: F401  (must come before torchvision.transforms)
 
 from torchvision.transforms import v2
 
 PLACES = (0.15, 0.45, 0.75)  # of DigitOnImage's digits: their centres, as shares of the side, along both axes
+DIGITS = tuple("0123456789")  # the classes
 GRID = 4  # cells to a side of MultiDigits' canvas
 PHOTO_ROWS, PHOTO_COLUMNS = 2, 3  # each tile of a sample photograph is a class
 PHOTO_CROPS = (64, 160)  # pixels: sides of the squares cut from a tile
@@ -49,12 +51,16 @@ def load_digits(name="digits", image_size=28):
         labels = torch.as_tensor(bunch.target)
         return Digits(*(part[index] for index in data.stratified_split(labels) for part in (images, labels)))
     source = data.open_folder(name, image_size)
-    gray = v2.Compose([v2.Resize(image_size), v2.Grayscale(), v2.PILToTensor()])
+    if len(source.classes) > len(DIGITS):
+        raise UsageError(f"{name}: expected up to {len(DIGITS)} classes of digits, got {len(source.classes)}")
+    gray = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.Grayscale(), v2.PILToTensor()])
     parts = []
     for split in (source.train, source.test):
         read = [(gray(picture)[0], label) for picture, label in zip(map(split.read, range(len(split))), split.labels)
                 if picture is not None]
-        parts += [torch.stack([picture for picture, _ in read]), torch.stack([label for _, label in read])]
+        # A folder is in the order of its classes: the first so many are to have all.
+        order = torch.randperm(len(read), generator=torch.Generator().manual_seed(data.SPLIT_SEED))
+        parts += [torch.stack([read[i][part] for i in order.tolist()]) for part in (0, 1)]
     return Digits(*parts)
 
 
@@ -74,7 +80,7 @@ class MultiDigits:
     the middle of a cell of its own of 4 x 4. P1: digits of 28 pixels on a canvas of 112.
 
     `contents` [length, digits] are the labels in the order of `sizes`, `labels` those of the first, and `shares`
-    [length, classes] what share of a canvas' digits is of each class.
+    [length, 10] what share of a canvas' digits is of each class.
     """
 
     def __init__(self, images, labels, sizes=(28,), length=None, placement="random", canvas=112, seed=0):
@@ -93,7 +99,7 @@ class MultiDigits:
         self.corners = (self._in_grid if placement == "grid" else self._anywhere)(length, generator)
         self.contents = labels[self.chosen]
         self.labels = self.contents[:, 0]
-        self.shares = F.one_hot(self.contents, int(labels.max()) + 1).float().mean(1)
+        self.shares = F.one_hot(self.contents, len(DIGITS)).float().mean(1)
 
     def _anywhere(self, length, generator):
         """Top left corners [length, digits, 2], every place within the canvas alike."""
@@ -124,8 +130,8 @@ class DigitOnImage:
     """Every picture with a digit added to it at nine places, clipped at white: uint8 [3, side, side].
 
     The nine are the same digit, `digit` pixels wide, with their centres at 0.15, 0.45 and 0.75 of the side. It is one
-    of the first `unique` of `digits`, or of all; which one is drawn for each picture. `labels` are those of the
-    pictures, `digit_labels` those of the digits on them. P1: digits of 28 pixels on pictures of 224.
+    of the first `unique` of `digits`, or of all: drawn, but each for as many pictures as another. `labels` are those of
+    the pictures, `digit_labels` those of the digits on them. P1: digits of 28 pixels on pictures of 224.
     """
 
     def __init__(self, pictures, digits, digit_labels, unique=None, digit=28, side=224, seed=0):
@@ -133,7 +139,8 @@ class DigitOnImage:
         if not 1 <= unique <= len(digits):
             raise ValueError(f"DigitOnImage: unique: expected 1 to {len(digits)}, the number of digits, got {unique}")
         self.pictures, self.side = pictures, side
-        self.chosen = torch.randint(unique, (len(pictures),), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
+        self.chosen = order % unique
         self.labels, self.digit_labels = pictures.labels, digit_labels[self.chosen]
         self.digits = resized(digits[:unique], digit)
         square = [v2.ToImage(), v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.ToPureTensor()]
@@ -226,8 +233,14 @@ def canvas_source(digits, sizes, canvas, placement="random", crop=augment.DIGIT_
     return _gray(train, MultiDigits(*digits[2:], sizes, None, placement, canvas, seed + 1), canvas, crop)
 
 
+def single_digits(digits, size, canvas, seed=0):
+    """Training and test split with one digit on every canvas, anywhere: what P1 probes the encoders of canvases on."""
+    return (MultiDigits(images, labels, [size], canvas=canvas, seed=seed + number)
+            for number, (images, labels) in enumerate((digits[:2], digits[2:])))
+
+
 def _gray(train, test, size, crop):
-    return data.Source(train, test, list("0123456789"), 1, size, augment.digit_views(size, crop), augment.plain_digit(),
+    return data.Source(train, test, list(DIGITS), 1, size, augment.digit_views(size, crop), augment.plain_digit(),
                        augment.raw_digit(), partial(augment.device_digit_views, size, crop))
 
 

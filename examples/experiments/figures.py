@@ -157,12 +157,13 @@ def stacked(*files):
 
 
 def pictures(rows, titles, size=1.3):
-    """A sheet: `rows` of (label, pictures), each an array [h, w] or [h, w, 3]; `titles` above the columns."""
+    """A sheet: `rows` of (label, pictures), each an array [h, w] or [h, w, 3], or None; `titles` above the columns."""
     figure = Figure(figsize=(size * len(titles) + 1.0, size * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
     for number, (axes_of, (label, shown)) in enumerate(zip(grid, rows)):
         for axes, title, picture in zip(axes_of, titles, shown):
-            axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, interpolation="nearest")
+            if picture is not None:
+                axes.imshow(picture, cmap="gray" if picture.ndim == 2 else None, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)

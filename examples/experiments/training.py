@@ -121,9 +121,10 @@ class Autoencoder(nn.Module):
         self.encoder, self.shape, self.dtype = encoder, shape, dtype
         self.head = nn.Linear(encoder.num_features, 2 * dim)
         channels, side = shape[0], -(-shape[1] // 8)
-        self.start = nn.Sequential(nn.Linear(dim, 4 * width * side * side), nn.Unflatten(1, (4 * width, side, side)))
-        steps = [[nn.ReLU(inplace=True), nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1)]
-                 for before, after in itertools.pairwise((4 * width, 2 * width, width, channels))]
+        self.start = nn.Sequential(nn.Linear(dim, 8 * width * side * side), nn.Unflatten(1, (8 * width, side, side)))
+        steps = [[nn.BatchNorm2d(before), nn.ReLU(inplace=True), nn.Upsample(scale_factor=2),
+                  nn.Conv2d(before, after, 3, padding=1)]
+                 for before, after in itertools.pairwise((8 * width, 4 * width, 2 * width, channels))]
         self.decoder = nn.Sequential(*itertools.chain(*steps))
 
     def forward(self, pictures):

@@ -160,7 +160,7 @@ def test_digits_and_photographs_are_probed_on_all_digits(tmp_path, monkeypatch):
     digits = datasets.load_digits()
     assert len(seen["trained"].chosen.unique()) == 4
     assert len(seen["train"].chosen.unique()) == len(digits.train)
-    assert len(seen["test"].chosen.unique()) == len(digits.test) and len(seen["test"]) == 360
+    assert len(seen["test"].chosen.unique()) == len(digits.test) and len(seen["test"]) == 960
     assert torch.equal(seen["test"].digit_labels, digits.test_labels[seen["test"].chosen])
     assert seen["train"].pictures is seen["trained"].pictures
 

@@ -52,7 +52,7 @@ def size_of(png):
 
 @pytest.mark.parametrize("module", **NAMES)
 def test_desk_runs_from_first_to_last(module, tmp_path, monkeypatch):
-    monkeypatch.setitem(augmentation.EACH, "digits", 4)  # t-SNE of more takes seconds
+    monkeypatch.setitem(augmentation.EACH, "photographs", 4)  # t-SNE of more takes seconds
     every = module.cases("desk")
     chosen = [every[0], every[-1]]
     if module is augmentation:  # one of these has the maps
@@ -121,12 +121,12 @@ def test_a_fixed_head_stays_and_its_encoder_learns(source, tmp_path):
 def test_heads_of_the_cases(source, tmp_path):
     widths = {}
     for number, case in enumerate(projection_head.cases("desk")[: len(projection_head.HEADS)]):
-        trainer = begun(projection_head, case, source, tmp_path / str(number), methods.build, width=16)
+        trainer = begun(projection_head, case, source, tmp_path / str(number), methods.build, width=8)
         trainer.log.close()
         linear = [part for part in trainer.method.network.head.modules() if isinstance(part, torch.nn.Linear)]
         widths[case["head"]] = [part.out_features for part in linear]
-    assert widths == {"MLP": [128, 128], "none": [], "fixed MLP": [128, 128], "deeper MLP": [128, 128, 128],
-                      "narrower MLP": [8, 128], "linear": [128]}
+    assert widths == {"MLP": [64, 128], "none": [], "fixed MLP": [64, 128], "deeper MLP": [64, 64, 128],
+                      "narrower MLP": [4, 128], "linear": [128]}
 
 
 def negatives_method(source, tmp_path, method, count, batch):

@@ -3,10 +3,10 @@
     python examples/experiments/augmentation.py
 
 MoCo v2 and supervised training with the same views, of which either the crops become smaller or the colours change
-more. At desk size the pictures are digits in any colour on ground of any colour. Both are measured alike, by a linear
-probe of the features on whole pictures. The features of supervised training are also shown as a map, of the same test
-pictures under three augmentations, with the purity of the neighbourhoods in them: the share of a picture's ten nearest
-ones, by the cosine, that are of its class.
+more. At desk size the pictures are cut from 48 tiles of two photographs, which are the classes. Both are measured
+alike, by a linear probe of the features on whole pictures. The features of supervised training are also shown as a map,
+of the same test pictures under three augmentations, with the purity of the neighbourhoods in them: the share of a
+picture's ten nearest ones, by the cosine, that are of its class.
 """
 
 import sys
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `s
 
 import torch
 
-from experiments import coloured, figures, training
+from experiments import datasets, figures, training
 from experiments.study import Study
 from simclr import augment, batches, methods, probe
 
@@ -24,16 +24,17 @@ MOCO, SUPERVISED, UNTRAINED = "MoCo v2", "supervised", "untrained"
 CROPS = {"20-100%": [0.2, 1.0], "20-50%": [0.2, 0.5], "2-10%": [0.02, 0.1]}  # shares of the area
 JITTERS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0}
 CROP, JITTER = "20-100%", "1/2"  # where the other one varies
+SIDE, TILES = 32, (4, 6)  # pixels; of each photograph
 TRAIN = {
-    MOCO: {"desk": dict(training.MOCO["desk"], steps=800), "paper": training.MOCO["paper"]},
+    MOCO: {"desk": dict(training.MOCO["desk"], steps=600), "paper": training.MOCO["paper"]},
     SUPERVISED: {
-        "desk": dict(training.DESK, steps=800),
+        "desk": dict(training.DESK, steps=600),
         "paper": dict(arch="resnet50", batch=256, epochs=100, optimizer="sgd", lr=0.1, warmup=0),
     },
 }
 # Crop and strength of the map's pictures; P2 does not say which its weak and strong ones are.
 MAPS = {"none": None, "weak": ((0.5, 1.0), 0.125), "strong": ((0.2, 1.0), 1.0)}
-CLASSES, EACH, NEAREST = 10, {"digits": 30, "imagenet": 64}, 10  # of the map's pictures
+CLASSES, EACH, NEAREST = 10, {"photographs": 20, "imagenet": 64}, 10  # of the map's pictures
 
 
 def cases(scale):
@@ -44,13 +45,13 @@ def cases(scale):
 
 def _case(method, crop, jitter, scale):
     train = dict(TRAIN[method][scale], crop=CROPS[crop], strength=JITTERS[jitter])
-    return dict(method=method, crop=crop, jitter=jitter, data="imagenet" if scale == "paper" else "digits", train=train)
+    return dict(method=method, crop=crop, jitter=jitter, data="imagenet" if scale == "paper" else "photographs", train=train)
 
 
 def measure(case, seed, place):
-    if case["data"] == "digits":
+    if case["data"] == "photographs":
         settings = training.chosen(case)
-        source = coloured.source(strength=settings.strength, crop=settings.crop, seed=seed)
+        source = datasets.photo_source(SIDE, settings.strength, settings.crop, TILES)
     else:
         source = training.folder_source(case, place)
     build = training.supervised if case["method"] == SUPERVISED else methods.build

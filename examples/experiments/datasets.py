@@ -27,9 +27,9 @@ from torchvision.transforms import v2
 PLACES = (0.15, 0.45, 0.75)  # of DigitOnImage's digits: their centres, as shares of the side, along both axes
 DIGITS = tuple("0123456789")  # the classes
 GRID = 4  # cells to a side of MultiDigits' canvas
-PHOTO_ROWS, PHOTO_COLUMNS = 2, 3  # each tile of a sample photograph is a class
-PHOTO_CROPS = (64, 160)  # pixels: sides of the squares cut from a tile
-PHOTO_EACH = 150  # pictures of a tile
+PHOTO_TILES = (2, 3)  # of a sample photograph: rows and columns, each of which is a class
+PHOTO_CROPS = (0.3, 0.75)  # sides of the squares cut from a tile, as shares of its shorter side
+PHOTO_PICTURES = 1920, 960  # to learn from, to test with
 
 
 class Digits(NamedTuple):
@@ -245,27 +245,29 @@ def _gray(train, test, size, crop):
 
 
 class PhotoCrops:
-    """Squares cut from scikit-learn's two photographs, each of whose 2 x 3 tiles is a class: uint8 [3, size, size].
+    """Squares cut from scikit-learn's two photographs, each of whose `tiles` is a class: uint8 [3, size, size].
 
     Natural colours and textures that come with a package. Training and test pictures show the same tiles, at other
     places and sizes.
     """
 
-    def __init__(self, size=32, each=PHOTO_EACH, seed=0):
+    def __init__(self, size=32, each=150, seed=0, tiles=PHOTO_TILES):
         from sklearn.datasets import load_sample_images
 
         draws, pictures, labels = np.random.default_rng(seed), [], []
+        rows, columns = tiles
         for photo in load_sample_images().images:
-            high, wide = photo.shape[0] // PHOTO_ROWS, photo.shape[1] // PHOTO_COLUMNS
-            for tile in range(PHOTO_ROWS * PHOTO_COLUMNS):
-                corner = tile // PHOTO_COLUMNS * high, tile % PHOTO_COLUMNS * wide
+            high, wide = photo.shape[0] // rows, photo.shape[1] // columns
+            for tile in range(rows * columns):
+                corner = tile // columns * high, tile % columns * wide
                 labels += [labels[-1] + 1 if labels else 0] * each
                 pictures += [self._cut(photo, corner, (high, wide), size, draws) for _ in range(each)]
         self.pictures, self.labels = torch.stack(pictures), torch.tensor(labels)
 
     @staticmethod
     def _cut(photo, corner, tile, size, draws):
-        side = draws.integers(PHOTO_CROPS[0], PHOTO_CROPS[1] + 1)
+        smallest, largest = (round(share * min(tile)) for share in PHOTO_CROPS)
+        side = draws.integers(smallest, largest + 1)
         top, left = (start + draws.integers(room - side + 1) for start, room in zip(corner, tile))
         square = torch.from_numpy(photo[top : top + side, left : left + side].copy()).permute(2, 0, 1)
         return v2.functional.resize(square, [size, size], antialias=True)
@@ -280,7 +282,8 @@ class PhotoCrops:
         return self.pictures[index]
 
 
-def photo_source(size=32, strength=1.0, crop=None):
-    train, test = PhotoCrops(size, seed=0), PhotoCrops(size, PHOTO_EACH // 5, seed=1)
-    return data.photo_source(train, test, [f"tile {label}" for label in range(int(train.labels.max()) + 1)], size,
-                             strength, crop=crop)
+def photo_source(size=32, strength=1.0, crop=None, tiles=PHOTO_TILES):
+    """`PhotoCrops` of both photographs, as many pictures of each tile."""
+    classes = 2 * tiles[0] * tiles[1]
+    train, test = (PhotoCrops(size, count // classes, seed, tiles) for seed, count in enumerate(PHOTO_PICTURES))
+    return data.photo_source(train, test, [f"tile {label}" for label in range(classes)], size, strength, crop=crop)

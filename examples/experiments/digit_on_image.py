@@ -22,9 +22,9 @@ from experiments.study import Study
 from simclr import data, methods, probe
 
 # The largest numbers are all the training digits there are.
-UNIQUE = {"desk": [1, 4, 16, 64, 256, 1437], "paper": [1, 10, 100, 1000, 10000, 60000]}
+UNIQUE = {"desk": [1, 4, 16, 64, 256, 1438], "paper": [1, 10, 100, 1000, 10000, 60000]}
 GEOMETRY = {
-    "desk": dict(data="digits", images="crops", side=32, digit=8),
+    "desk": dict(data="digits", images="crops", tiles=[4, 6], side=32, digit=8),
     "paper": dict(data="mnist", images="imagenet", side=224, digit=28),
 }
 METHODS = {
@@ -49,7 +49,7 @@ def cases(scale):
 
 def measure(case, seed, place):
     side, digits = case["side"], datasets.load_digits(place.pictures(case["data"]))
-    plain = (datasets.photo_source(side) if case["images"] == "crops"
+    plain = (datasets.photo_source(side, tiles=case["tiles"]) if case["images"] == "crops"
              else data.open_folder(place.pictures(case["images"]), side))
 
     def over(pictures, chosen, seed, unique=None):

@@ -63,8 +63,8 @@ def photographs(case, seed, place):
 
     high, wide = case["high"], case["wide"]
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    tiles = (torch.arange(high) * datasets.PHOTO_ROWS // high * datasets.PHOTO_COLUMNS)[:, None]
-    tiles = tiles + torch.arange(wide) * datasets.PHOTO_COLUMNS // wide
+    rows, columns = datasets.PHOTO_TILES
+    tiles = (torch.arange(high) * rows // high * columns)[:, None] + torch.arange(wide) * columns // wide
     known = torch.stack([tiles + number * (int(tiles.max()) + 1) for number in range(len(photos))])
     return datasets.photo_source(case["side"]), v2.functional.resize(photos, [high, wide]).float() / 255, known
 

@@ -17,13 +17,13 @@ from simclr import methods
 
 NUMBERS = [1, 2, 4, 8, 12, 16]
 GEOMETRY = {
-    "desk": dict(data="digits", canvas=40, size=10, length=4096),
+    "desk": dict(data="digits", canvas=56, size=14, length=4096),
     "paper": dict(data="mnist", canvas=112, size=28, length=None),
 }
 PLACEMENTS = {"random": "random", "grid": "in-grid"}
 METHODS = ["supervised", "SimCLR", "untrained"]
 TRAIN = {
-    "desk": dict(training.DESK, steps=600, temperature=0.1),
+    "desk": dict(training.DESK, steps=500, temperature=0.1),
     "paper": dict(arch="resnet18", batch=1024, epochs=100, optimizer="lars", lr=0.2, augment="device"),
 }
 

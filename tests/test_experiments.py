@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -53,7 +54,8 @@ def test_finished_runs_are_kept_and_the_rest_is_done(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         study.run(toy(stopped), options(tmp_path))
-    found = study.run(toy(stopped), options(tmp_path))
+    study.run(toy(stopped), options(tmp_path))
+    found, _ = study.kept(toy(stopped), options(tmp_path))
     assert calls == [(1, 0), (2, 0), (3, 0), (1, 1), (1, 1), (2, 1), (3, 1)]
     assert [(record["case"]["size"], record["seed"]) for record in found.records] == [
         (1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (3, 1)]
@@ -75,7 +77,8 @@ def test_a_line_that_was_cut_is_measured_again(tmp_path):
         calls.append(case["size"])
         return measured(case, seed, place)
 
-    found = study.run(toy(counted, seeds=1), options(tmp_path))
+    study.run(toy(counted, seeds=1), options(tmp_path))
+    found, _ = study.kept(toy(counted, seeds=1), options(tmp_path))
     assert calls == [3] and len(found.records) == 3
     assert [record["case"]["size"] for record in results.finished(path)] == [1, 2, 3]
 
@@ -89,7 +92,9 @@ def test_a_line_that_was_cut_leaves_no_trace(tmp_path):
 
 def test_a_run_with_other_settings_is_another_run(tmp_path):
     study.run(toy(measured, seeds=1), options(tmp_path))
-    found = study.run(toy(measured, seeds=1), options(tmp_path, "--set", "steps=7"))
+    chosen = options(tmp_path, "--set", "steps=7")
+    study.run(toy(measured, seeds=1), chosen)
+    found, _ = study.kept(toy(measured, seeds=1), chosen)
     assert [record["case"]["train"] for record in found.records] == [{"steps": 7}] * 3
     assert len(results.finished(tmp_path / "toy" / "runs.jsonl")) == 6
 
@@ -272,6 +277,21 @@ def test_the_page_has_what_came_out(tmp_path):
     assert "6 runs, 2 seeds, under 1 min" in text and "| yes | under 1 |" in text and "It is so: 10.5." in text
     assert (tmp_path / "toy" / "table.md").read_text() in text and "figure.png" in text
     assert "rand_bit](#" not in text  # it has no results here
+
+
+def test_the_page_is_that_of_the_committed_runs(monkeypatch):
+    """And so are the tables; figures in what is said of them stand in them."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    out, studies = Path("results/experiments"), everything.studies()
+    assert Path("docs/experiments.md").read_text(encoding="utf-8") == page.text(studies, out)
+    for each in studies:
+        found, _ = study.kept(each, study.Options(out=out))
+        if not found.records:
+            continue
+        shown = results.markdown(*each.table(found))
+        assert (out / each.name / "table.md").read_text(encoding="utf-8") == shown, each.name
+        for number in re.findall(r"\d+\.\d+", re.sub(r"(temperature|weight) [\d.]+", "", each.found)):
+            assert number in shown, f"{each.name}: {number} is not in its table"
 
 
 def test_every_experiment_is_in_the_list():

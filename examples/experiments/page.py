@@ -1,6 +1,7 @@
 """The page of all experiments: what was published beside what came out, from the results alone."""
 
-from .results import Results, finished, markdown
+from .results import markdown
+from .study import Options, kept
 
 HEAD = """# What two papers found, at a desk
 
@@ -25,38 +26,35 @@ distance from the lowest to the highest seed. Minutes are those of the runs, {ma
 
 def text(studies, out):
     """Markdown of all experiments that have results in the folder `out`, which the page names as it is here."""
-    found = [(each, _results(each, out)) for each in studies]
-    found = [(each, results) for each, results in found if results.records]
-    jobs = sorted({record["jobs"] for _, results in found for record in results.records})
+    found = [(each, *kept(each, Options(out=out))) for each in studies]
+    found = [(each, results, len(left)) for each, results, left in found if results.records]
+    jobs = sorted({record["jobs"] for _, results, _ in found for record in results.records})
     machine = f"{' or '.join(map(str, jobs))} at a time"
-    return "\n".join([HEAD.format(machine=machine), _summary(found), *(_section(*pair, out) for pair in found)])
-
-
-def _results(each, out):
-    return Results(finished(out / each.name / "runs.jsonl"))
+    return "\n".join([HEAD.format(machine=machine), _summary(found), *(_section(*each, out) for each in found)])
 
 
 def _summary(found):
     rows = [[f"[{each.name}](#{_anchor(each)})", each.title, each.source, each.verdict, _minutes(results)]
-            for each, results in found]
+            for each, results, _ in found]
     return markdown(["experiment", "finding", "source", "shows at a desk", "minutes"], *rows)
 
 
 def _anchor(each):
-    kept = "".join(letter for letter in each.title.lower() if letter.isalnum() or letter in " -_")
-    return kept.replace(" ", "-")
+    letters = "".join(letter for letter in each.title.lower() if letter.isalnum() or letter in " -_")
+    return letters.replace(" ", "-")
 
 
 def _minutes(results):
     return f"{results.seconds / 60:.0f}" if results.seconds >= 60 else "under 1"
 
 
-def _section(each, results, out):
-    folder = out / each.name
+def _section(each, results, left, out):
+    folder, count = out / each.name, len(results.records)
+    runs = f"{count} of {count + left} runs" if left else f"{count} runs"
     seeds = f"{results.seeds} seeds" if results.seeds > 1 else "one seed"
     return f"""## {each.title}
 
-`python examples/experiments/{each.name}.py`: {len(results.records)} runs, {seeds}, {_minutes(results)} min.
+`python examples/experiments/{each.name}.py`: {runs}, {seeds}, {_minutes(results)} min.
 
 **Published** ({each.source}). {each.published}
 

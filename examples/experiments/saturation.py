@@ -196,6 +196,12 @@ STUDY = Study(
     table=table,
     figure=figure,
     seeds=2,
+    verdict="yes",
+    found="Both terms stop falling, the log-sum-exp where the derivation in the file says: at temperature 0.1 and batch "
+    "128 at 5.472 for 8 bits, where no rows can be below 5.464, and a batch of 512 goes on falling for two bits more. "
+    "At temperature 1 all is over at 6 bits: 64 dimensions have room for 65 rows as far from each other as the floor "
+    "supposes, and for more the term comes to rest a little above it. SWD comes to rest a little above what rows drawn "
+    "from the prior have.",
 )
 
 if __name__ == "__main__":

@@ -154,26 +154,29 @@ def _adapted(case, options):
     return {**case, "train": train | options.settings}
 
 
+def kept(study, options):
+    """(Results of the runs that are finished, the runs that are left), both in their order."""
+    plan = {_key(*run): run for run in planned(study, options)}
+    found = {_key(record["case"], record["seed"]): record for record in finished(_path(study, options))}
+    return Results([found[key] for key in plan if key in found]), [run for key, run in plan.items() if key not in found]
+
+
 def run(study, options):
-    """Do the runs that are not finished, then write table.md and figure.png; returns the Results, on rank 0."""
-    folder = options.out / study.name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "runs.jsonl"
-    plan = {_key(case, seed): (case, seed) for case, seed in planned(study, options)}
-    found = {_key(record["case"], record["seed"]): record for record in finished(path)}
-    kept = [found[key] for key in plan if key in found]
-    left = [run for key, run in plan.items() if key not in found]
-    for record in _measured(study, options, left, folder, len(kept)):
-        kept.append(record)
+    """Do the runs that are left, then write table.md and figure.png."""
+    path = _path(study, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results, left = kept(study, options)
+    for record in _measured(study, options, left, path.parent, len(results.records)):
         if options.rank == 0:  # the runs of a rank are those of all
             append(path, json.dumps(record))
-    if options.rank:
-        return None
-    order = list(plan)
-    results = Results(sorted(kept, key=lambda record: order.index(_key(record["case"], record["seed"]))))
-    (folder / "table.md").write_text(markdown(*study.table(results)), encoding="utf-8")
-    (folder / "figure.png").write_bytes(study.figure(results))
-    return results
+    if options.rank == 0:
+        results, _ = kept(study, options)
+        (path.parent / "table.md").write_text(markdown(*study.table(results)), encoding="utf-8")
+        (path.parent / "figure.png").write_bytes(study.figure(results))
+
+
+def _path(study, options):
+    return options.out / study.name / "runs.jsonl"
 
 
 def _key(case, seed):

@@ -6,7 +6,11 @@ from mutant import Mutant
 
 STUDY, RESULTS = "examples/experiments/study.py", "examples/experiments/results.py"
 TRAINING = "examples/experiments/training.py"
-TEST = "tests/test_experiments.py::test_"
+DATASETS, SATURATION = "examples/experiments/datasets.py", "examples/experiments/saturation.py"
+WEIGHT, NEGATIVES = "examples/experiments/temperature_vs_weight.py", "examples/experiments/negatives.py"
+AUGMENTATION, PAGE = "examples/experiments/augmentation.py", "examples/experiments/page.py"
+TEST, OF_DATASETS = "tests/test_experiments.py::test_", "tests/test_experiments_datasets.py::test_"
+OF_LOSSES, OF_PRACTICES = "tests/test_experiments_losses.py::test_", "tests/test_experiments_practices.py::test_"
 
 MUTANTS = [
     Mutant(
@@ -64,5 +68,103 @@ MUTANTS = [
         "log_variance.exp() - 1 - log_variance)",
         "log_variance.exp() - 1 + log_variance)",
         TEST + "the_bound_of_a_variational_autoencoder",
+    ),
+    Mutant(
+        "a page that hides what is left to run",
+        PAGE,
+        "if left else f",
+        "if False else f",
+        TEST + "the_page_has_what_came_out",
+    ),
+    Mutant(
+        "two digits in one cell",
+        DATASETS,
+        "cells = torch.rand(length, GRID**2, generator=generator).argsort(1)",
+        "cells = torch.randint(GRID**2, (length, GRID**2), generator=generator)",
+        OF_DATASETS + "in_the_grid_every_digit_is_in_the_middle_of_a_cell_of_its_own",
+    ),
+    Mutant(
+        "the last row and column stay empty",
+        DATASETS,
+        "torch.tensor(self.sizes)[:, None] + 1\n",
+        "torch.tensor(self.sizes)[:, None]\n",
+        OF_DATASETS + "placed_at_random_every_place_is_as_likely_the_corners_too",
+    ),
+    Mutant(
+        "the later digit hides the one below",
+        DATASETS,
+        "torch.maximum(there, self.images[size][chosen], out=there)",
+        "there.copy_(self.images[size][chosen])",
+        OF_DATASETS + "digits_have_the_sizes_of_the_case_and_the_brighter_shows",
+    ),
+    Mutant(
+        "white and a digit is black again",
+        DATASETS,
+        "added.clamp_(max=255).to(torch.uint8)",
+        "added.to(torch.uint8)",
+        OF_DATASETS + "a_digit_is_added_at_nine_places_and_clipped_at_white",
+    ),
+    Mutant(
+        "digits at thirds of the side",
+        DATASETS,
+        "PLACES = (0.15, 0.45, 0.75)",
+        "PLACES = (0.2, 0.5, 0.8)",
+        OF_DATASETS + "a_digit_is_added_at_nine_places_and_clipped_at_white",
+    ),
+    Mutant(
+        "some digits over no picture",
+        DATASETS,
+        "self.chosen = order % unique",
+        "self.chosen = order * 7919 % len(pictures) % (unique - unique // 2)",
+        OF_DATASETS + "every_one_of_the_unique_digits_is_over_as_many_pictures",
+    ),
+    Mutant(
+        "test pictures with the bits of training pictures",
+        DATASETS,
+        "RandBit(source.test, bits, seed + 1)",
+        "RandBit(source.test, bits, seed)",
+        OF_DATASETS + "bits_are_decided_by_their_seed_and_the_test_pictures_have_others",
+    ),
+    Mutant(
+        "bits that are cropped and dimmed with the picture",
+        DATASETS,
+        "bits = bits if bits.is_floating_point() else bits.float() / 255",
+        "bits = bits.float() / 256",
+        OF_DATASETS + "no_view_touches_the_bits_and_both_views_share_them",
+    ),
+    Mutant(
+        "a floor without the chance that a number comes again",
+        SATURATION,
+        "total = (again + 1) * math.exp(same) + (batch - 1 - again) * math.exp(other)",
+        "total = 0 * again + math.exp(same) + (batch - 1) * math.exp(other)",
+        OF_LOSSES + "floor_is_the_term_of_a_simplex_over_all_batches",
+    ),
+    Mutant(
+        "coordinates in units of no root",
+        WEIGHT,
+        "* math.sqrt(width)",
+        "* 1.0",
+        OF_LOSSES + "coordinates_follow_the_prior",
+    ),
+    Mutant(
+        "hard negatives that are not",
+        NEGATIVES,
+        'train["hard_negatives"] = count',
+        "pass",
+        OF_PRACTICES + "hard_negatives_are_drawn_from_the_whole_queue_as_many_as_it_has",
+    ),
+    Mutant(
+        "parts of half as many rows",
+        NEGATIVES,
+        "zip(z1.split(self.rows // 2), z2.split(self.rows // 2))",
+        "zip(z1.split(self.rows // 4), z2.split(self.rows // 4))",
+        OF_PRACTICES + "simclr_parts_are_the_mean_over_blocks_of_the_batch",
+    ),
+    Mutant(
+        "a picture is among its own neighbours",
+        AUGMENTATION,
+        "others = nearest[nearest != torch.arange(len(rows))[:, None]].view(len(rows), -1)[:, :NEAREST]",
+        "others = nearest[:, :NEAREST]",
+        OF_PRACTICES + "purity_against_every_pair_compared",
     ),
 ]

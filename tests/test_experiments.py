@@ -179,7 +179,10 @@ def test_spreads_and_cells():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "mnist"], "argument --data: expected NAME=VALUE, got mnist"),
+    (["--data", "mnist"], "argument --data: expected mnist=FOLDER or cifar10=FOLDER or imagenet=FOLDER, got mnist"),
+    (["--data", "minst=here"], "imagenet=FOLDER, got minst=here"),
+    (["--set", "bits=3", "temperature=0.1"], "--set: expected settings that are the same in all runs of rand_bit"),
+    (["--set", "seed=3"], "--set: expected settings that are the same in all runs of rand_bit, got seed"),
     (["--set", "=3"], "argument --set: expected NAME=VALUE, got =3"),
     (["--scale", "lab"], "argument --scale"),
     (["--jobs", "0"], "argument --jobs"),
@@ -272,21 +275,21 @@ def test_the_bound_of_a_variational_autoencoder():
 def test_the_page_has_what_came_out(tmp_path):
     each = toy(measured, verdict="yes", found="It is so: 10.5.")
     study.run(each, options(tmp_path))
-    text = page.text([each, rand_bit.STUDY], tmp_path)
+    text = page.text([each, rand_bit.STUDY], options(tmp_path))
     assert "[toy](#a-finding-it-is-so)" in text and "## A finding: it is so" in text
     assert "6 runs, 2 seeds, under 1 min" in text and "| yes | under 1 |" in text and "It is so: 10.5." in text
     assert (tmp_path / "toy" / "table.md").read_text() in text and "figure.png" in text
     assert "rand_bit](#" not in text  # it has no results here
     path = tmp_path / "toy" / "runs.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
-    assert "5 of 6 runs, 2 seeds" in page.text([each], tmp_path)
+    assert "5 of 6 runs, 2 seeds" in page.text([each], options(tmp_path))
 
 
 def test_the_page_is_that_of_the_committed_runs(monkeypatch):
     """And so are the tables; figures in what is said of them stand in them."""
     monkeypatch.chdir(EXAMPLES.parent)
     out, studies = Path("results/experiments"), everything.studies()
-    assert Path("docs/experiments.md").read_text(encoding="utf-8") == page.text(studies, out)
+    assert Path("docs/experiments.md").read_text(encoding="utf-8") == page.text(studies, study.Options(out=out))
     for each in studies:
         found, _ = study.kept(each, study.Options(out=out))
         if not found.records:

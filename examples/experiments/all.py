@@ -9,10 +9,12 @@ The options are those of a single experiment.
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import page, study
 
@@ -30,9 +32,8 @@ def main(arguments=None):
     own.add_argument("--page", type=Path, help="write what came out as Markdown")
     chosen, rest = own.parse_known_args(arguments)
     code = study.main(studies(), rest, "all.py")
-    if code == 0 and chosen.page:
-        out = study.parse(rest, "all.py").out
-        chosen.page.write_text(page.text(studies(), out), encoding="utf-8")
+    if code == 0 and chosen.page and int(os.environ.get("RANK", 0)) == 0:
+        chosen.page.write_text(page.text(studies(), study.parse(rest, "all.py")), encoding="utf-8")
     return code
 
 

@@ -4,15 +4,17 @@
 
 MoCo v2 and supervised training with the same views, of which either the crops become smaller or the colours change
 more. At desk size the pictures are cut from 48 tiles of two photographs, which are the classes. Both are measured
-alike, by a linear probe of the features on whole pictures. The features of supervised training are also shown as a map,
-of the same test pictures under three augmentations, with the purity of the neighbourhoods in them: the share of a
-picture's ten nearest ones, by the cosine, that are of its class.
+alike, by a linear probe of the features on whole pictures. Training and test pictures are cut from the same tiles, so
+they are more alike than ImageNet's. The outputs of the classifier that was trained with the weakest jitter are shown as
+a map, of the same test pictures under three augmentations, with the purity of the neighbourhoods in them: the share of
+a picture's ten nearest ones, by the cosine, that are of its class.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -24,6 +26,7 @@ MOCO, SUPERVISED, UNTRAINED = "MoCo v2", "supervised", "untrained"
 CROPS = {"20-100%": [0.2, 1.0], "20-50%": [0.2, 0.5], "2-10%": [0.02, 0.1]}  # shares of the area
 JITTERS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0}
 CROP, JITTER = "20-100%", "1/2"  # where the other one varies
+WEAKEST = "1/8"  # jitter in the training of the network whose map is shown
 SIDE, TILES = 32, (4, 6)  # pixels; of each photograph
 TRAIN = {
     MOCO: {"desk": dict(training.MOCO["desk"], steps=600), "paper": training.MOCO["paper"]},
@@ -45,7 +48,8 @@ def cases(scale):
 
 def _case(method, crop, jitter, scale):
     train = dict(TRAIN[method][scale], crop=CROPS[crop], strength=JITTERS[jitter])
-    return dict(method=method, crop=crop, jitter=jitter, data="imagenet" if scale == "paper" else "photographs", train=train)
+    name = "imagenet" if scale == "paper" else "photographs"
+    return dict(method=method, crop=crop, jitter=jitter, data=name, train=train)
 
 
 def measure(case, seed, place):
@@ -58,7 +62,7 @@ def measure(case, seed, place):
     begin = training.untrained if case["method"] == UNTRAINED else training.train
     trainer = begin(case, seed, place, source, build)
     found = dict(linear=training.linear(trainer))
-    if (case["method"], case["crop"], case["jitter"]) == (SUPERVISED, CROP, JITTER):
+    if trainer.rank == 0 and (case["method"], case["crop"], case["jitter"]) == (SUPERVISED, CROP, WEAKEST):
         found |= maps(trainer, EACH[case["data"]], seed)
     return found
 
@@ -75,17 +79,17 @@ def maps(trainer, each, seed):
             crop, strength = recipe
             views = augment.photo_views(source.image_size, strength, source.image_size > augment.SMALL, crop)
         pictures = batches.RandomViews(source.test, views, seed, count=1)
-        rows, read = _features(trainer, [pictures[0, i] for i in index])
+        rows, read = _outputs(trainer, [pictures[0, i] for i in index])
         found |= {f"purity_{name}": purity(rows, labels[read]), f"map_{name}": _map(rows)}
     return found | dict(classes=torch.searchsorted(shown.sort().values, labels[read]).tolist())
 
 
 @torch.no_grad()
-def _features(trainer, samples):
-    """Rows of the samples that could be read, and the indices of these."""
-    batch, encoder = batches.collate(samples), trainer.method.network.encoder.eval()
+def _outputs(trainer, samples):
+    """Of the classifier, for the samples that could be read; and the indices of these."""
+    batch, network = batches.collate(samples), trainer.method.network.eval()
     parts = batch.views[0].split(trainer.settings.batch)
-    return torch.cat([encoder(part.to(trainer.device)).float().cpu() for part in parts]), batch.index
+    return torch.cat([network(part.to(trainer.device)).float().cpu() for part in parts]), batch.index
 
 
 def purity(rows, labels):
@@ -109,11 +113,11 @@ def table(results):
     rows = [[method, *(results.cell("linear", method=method, crop=crop, jitter=jitter) for crop, jitter in views)]
             for method in TRAIN]
     untrained = results.cell("linear", method=UNTRAINED)
-    baseline = dict(method=SUPERVISED, crop=CROP, jitter=JITTER)
+    baseline = dict(method=SUPERVISED, crop=CROP, jitter=WEAKEST)
     purities = ", ".join(f"{name} {results.cell(f'purity_{name}', **baseline)}" for name in MAPS)
     return (["", *(f"crops {crop}" for crop in CROPS), *(f"jitter {jitter}" for jitter in JITTERS)], *rows,
             [UNTRAINED, *(untrained for _ in views)],
-            [f"purity of supervised features, pictures augmented: {purities}", *("" for _ in views)])
+            [f"purity of supervised outputs, pictures augmented: {purities}", *("" for _ in views)])
 
 
 def figure(results):
@@ -124,7 +128,7 @@ def figure(results):
               for title, factor, values, fixed in (("smaller crops", "crop", CROPS, dict(jitter=JITTER)),
                                                    ("stronger jitter", "jitter", JITTERS, dict(crop=CROP)))]
     above = figures.curves(panels, "", "linear probe [%]", size=(4.2, 3.0))
-    shown = results.results(method=SUPERVISED, crop=CROP, jitter=JITTER)[:1]
+    shown = results.results(method=SUPERVISED, crop=CROP, jitter=WEAKEST)[:1]
     titles = {"none": "no augmentation", "weak": "weak", "strong": "strong"}
     below = [figures.scatters([(titles[name], found[f"map_{name}"], found["classes"]) for name in MAPS])
              for found in shown]

@@ -9,11 +9,12 @@ learning rate of 0.2 times the root of the batch, as P1 has it for small picture
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import batches, data
+from simclr import batches
 
 UNTRAINED = 0  # in the place of a batch
 BATCHES = {"desk": [32, 64, 128, 256, 512], "paper": [512, 1024, 2048]}
@@ -45,9 +46,9 @@ def _length(scale, epochs, batch):
 
 def measure(case, seed, place):
     if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS)
+        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop)
     else:
-        source = data.open_folder(place.pictures(case["data"]))
+        source = training.folder_source(case, place)
     begin = training.train if case["batch"] else training.untrained
     return dict(linear=training.linear(begin(case, seed, place, source)))
 

@@ -41,7 +41,7 @@ def patches(pictures, like):
 
 def clustered(maps, count, seed):
     """The cluster of every location of [n, C, h, w]: int64 [n, h, w], the largest cluster first."""
-    rows = F.normalize(maps.float(), dim=1).permute(0, 2, 3, 1)
+    rows = maps.float().permute(0, 2, 3, 1)
     found = KMeans(count, n_init=2, random_state=seed).fit_predict(rows.flatten(0, 2).cpu().numpy())
     order = np.argsort(-np.bincount(found, minlength=count), kind="stable")
     return torch.from_numpy(np.argsort(order)[found]).view(rows.shape[:3])

@@ -220,14 +220,14 @@ def with_bits(source, bits, seed=0):
                    device_views=lambda: BitsAside(source.device_views(), source.channels))
 
 
-def digit_source(digits, size=28, crop=augment.DIGIT_CROP):
+def digit_source(digits, size=28, crop=None):
     """Digits that fill their pictures."""
     train, test = (data.DigitPictures(resized(images, size)[:, None], labels)
                    for images, labels in (digits[:2], digits[2:]))
     return _gray(train, test, size, crop)
 
 
-def canvas_source(digits, sizes, canvas, placement="random", crop=augment.DIGIT_CROP, length=None, seed=0):
+def canvas_source(digits, sizes, canvas, placement="random", crop=None, length=None, seed=0):
     """`MultiDigits` of the training digits, and of the test digits one for each of them."""
     train = MultiDigits(*digits[:2], sizes, length, placement, canvas, seed)
     return _gray(train, MultiDigits(*digits[2:], sizes, None, placement, canvas, seed + 1), canvas, crop)
@@ -240,8 +240,9 @@ def single_digits(digits, size, canvas, seed=0):
 
 
 def _gray(train, test, size, crop):
-    return data.Source(train, test, list(DIGITS), 1, size, augment.digit_views(size, crop), augment.plain_digit(),
-                       augment.raw_digit(), partial(augment.device_digit_views, size, crop))
+    recipe = (size, crop or augment.DIGIT_CROP)
+    return data.Source(train, test, list(DIGITS), 1, size, augment.digit_views(*recipe), augment.plain_digit(),
+                       augment.raw_digit(), partial(augment.device_digit_views, *recipe))
 
 
 class PhotoCrops:

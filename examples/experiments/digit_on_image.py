@@ -15,11 +15,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import data, methods, probe
+from simclr import methods, probe
 
 # The largest numbers are all the training digits there are.
 UNIQUE = {"desk": [1, 4, 16, 64, 256, 1438], "paper": [1, 10, 100, 1000, 10000, 60000]}
@@ -35,7 +36,7 @@ METHODS = {
 }
 TRAIN = {
     "desk": dict(training.DESK, steps=300),
-    "paper": dict(arch="resnet50", batch=1024, epochs=100, optimizer="lars"),
+    "paper": dict(arch="resnet50", batch=1024, epochs=100, optimizer="lars", head_layers=2),
 }
 PROBES = {"image": "photograph", "digit": "digit"}
 
@@ -50,7 +51,7 @@ def cases(scale):
 def measure(case, seed, place):
     side, digits = case["side"], datasets.load_digits(place.pictures(case["data"]))
     plain = (datasets.photo_source(side, tiles=case["tiles"]) if case["images"] == "crops"
-             else data.open_folder(place.pictures(case["images"]), side))
+             else training.folder_source(case, place, case["images"], side))
 
     def over(pictures, chosen, seed, unique=None):
         return datasets.DigitOnImage(pictures, *chosen, unique, case["digit"], side, seed)

@@ -10,7 +10,8 @@ canvases apart by the large digit alone, is compared with training on the classe
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import datasets, figures, training
 from experiments.study import Study
@@ -29,7 +30,7 @@ METHODS = {
 }
 TRAIN = {
     "desk": dict(training.DESK, steps=600),
-    "paper": dict(arch="resnet18", batch=1024, epochs=100, optimizer="lars", lr=0.2, augment="device"),
+    "paper": dict(arch="resnet18", batch=1024, epochs=100, optimizer="lars", lr=0.2, head_layers=2, augment="device"),
 }
 DIGITS = {"first": "1st digit", "second": "2nd digit"}
 
@@ -43,7 +44,7 @@ def cases(scale):
 def measure(case, seed, place):
     digits = datasets.load_digits(place.pictures(case["data"]))
     source = datasets.canvas_source(digits, [case["first"], case["second"]], case["canvas"], length=case["length"],
-                                    seed=seed)
+                                    crop=training.chosen(case).crop, seed=seed)
     begin = training.untrained if case["method"] == "untrained" else training.train
     build = training.supervised if case["method"] == "supervised" else methods.build
     trainer = begin(case, seed, place, source, build)

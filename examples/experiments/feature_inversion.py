@@ -12,7 +12,8 @@ import itertools
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
@@ -34,7 +35,10 @@ INVERSION = {  # pictures that are inverted, and how
     "desk": dict(pictures=8, updates=300, channels=16, depth=3, lr=0.01),
     "paper": dict(pictures=16, updates=3000, channels=64, depth=5, lr=0.01),
 }
-TRAIN = {"desk": dict(training.MOCO["desk"], steps=800, crop=[0.2, 1.0]), "paper": training.MOCO["paper"]}
+TRAIN = {  # behind the head there are as many numbers as before it
+    "desk": dict(training.MOCO["desk"], steps=800, crop=[0.2, 1.0], head_out=64),
+    "paper": dict(training.MOCO["paper"], head_out=2048),
+}
 SHOWN, SHOWN_SIDE = 5, 64  # pictures of the figure, and pixels of them at most
 
 

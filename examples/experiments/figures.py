@@ -24,11 +24,12 @@ def curves(panels, xlabel, ylabel, limits=(0, 100), log_base=None, size=(4.4, 3.
     figure = Figure(figsize=(size[0] * len(panels), size[1] + 0.4), layout="constrained")
     axes_of = figure.subplots(1, len(panels), sharey=shared, squeeze=False)[0]
     styles, shown = {}, {}
-    for number, (axes, (title, series, levels)) in enumerate(zip(axes_of, panels)):
-        panel(axes, xlabel, ylabel if number == 0 else "")
+    for axes, (title, series, levels) in zip(axes_of, panels):
+        panel(axes, xlabel, ylabel if axes is axes_of[0] else "")
         axes.set_title(title, color=INK, fontsize=10)
         for label, points in series:
-            colour, mark = styles.setdefault(label, (COLOURS[len(styles) % len(COLOURS)], MARKS[len(styles) % len(MARKS)]))
+            number = len(styles)
+            colour, mark = styles.setdefault(label, (COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]))
             if points:
                 shown[label] = _with_bars(axes, points, colour, mark)
         for label, value in levels:

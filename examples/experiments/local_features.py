@@ -3,7 +3,8 @@
     python examples/experiments/local_features.py
 
 K-means puts every location of the encoder's feature maps, of unit length, into one of k clusters, over several pictures
-together; raw pixels of the same patches are clustered for comparison. One number says how well that fits what is known:
+together; raw pixels of the same patches are clustered for comparison. At a desk one of the two sets of pictures are the
+photographs from which the encoder has learned. One number says how well that fits what is known:
 the adjusted mutual information of a location's cluster with the class of the digit that it lies on, the tile of the
 photograph, or the class of the picture. By chance it is 0.
 """
@@ -11,7 +12,8 @@ photograph, or the class of the picture. By chance it is 0.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import matplotlib
 import numpy as np
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 
 from experiments import clusters, datasets, figures, training
 from experiments.study import Study
-from simclr import data, methods
+from simclr import methods
 
 from torchvision.transforms import v2
 
@@ -36,7 +38,7 @@ PICTURES = {
 TRAIN = {
     "digits": dict(training.DESK, steps=300),
     "photographs": dict(training.DESK, steps=400),
-    "imagenet": dict(arch="resnet50", batch=1024, epochs=100, optimizer="lars"),
+    "imagenet": dict(arch="resnet50", batch=1024, epochs=100, optimizer="lars", head_layers=2),
 }
 SCALES = {"desk": ["digits", "photographs"], "paper": ["imagenet"]}
 
@@ -50,7 +52,7 @@ def canvases(case, seed, place):
     """(source to train on, pictures [n, C, H, W] to cluster, what is known of each pixel [n, H, W], -1 for nothing)."""
     sizes, count = [case["size"]] * case["number"], case["count"]
     source = datasets.canvas_source(datasets.load_digits(place.pictures("digits")), sizes, case["canvas"], "grid",
-                                    length=case["length"], seed=seed)
+                                    length=case["length"], crop=training.chosen(case).crop, seed=seed)
     known = torch.full((count, case["canvas"], case["canvas"]), -1)
     for one, corners, contents in zip(known, source.test.corners.tolist(), source.test.contents.tolist()):
         for (top, left), label in zip(corners, contents):
@@ -71,7 +73,7 @@ def photographs(case, seed, place):
 
 def imagenet(case, seed, place):
     """Pictures from all over the classes, twice as wide as those to train on."""
-    source, larger = data.open_folder(place.pictures("imagenet"), case["side"]), case["larger"]
+    source, larger = training.folder_source(case, place, "imagenet", case["side"]), case["larger"]
     square = v2.Compose([v2.PILToTensor(), v2.Resize(larger, antialias=True), v2.CenterCrop(larger)])
     chosen = torch.linspace(0, len(source.test) - 1, case["count"]).long().tolist()
     read = [(source.test.read(index), source.test.labels[index]) for index in chosen]
@@ -92,7 +94,8 @@ def measure(case, seed, place):
         return None
     result, pictures = {}, pictures.to(trainer.device)
     for layer, maps in clusters.feature_maps(trainer.method.network.encoder, pictures, LAYERS).items():
-        maps = clusters.patches(pictures, maps) if case["method"] == "pixels" else maps
+        pixels = case["method"] == "pixels"  # as they are: their length is the brightness
+        maps = clusters.patches(pictures, maps) if pixels else F.normalize(maps.float(), dim=1)
         for count in CLUSTERS:
             found = clusters.clustered(maps, count, seed)
             result[f"agreement, layer {layer}, k {count}"] = clusters.agreement(found, known)

@@ -10,12 +10,12 @@ far the best of the losses is from the worst.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import datasets, figures, training
 from experiments.results import MISSING
 from experiments.study import Study
-from simclr import data
 
 LOSSES = {
     "NT-Xent": dict(loss="nt_xent"),
@@ -29,7 +29,7 @@ STEPS, HEADS = [250, 1000], [1, 2, 3]  # at desk
 DIGIT, CANVAS = 14, 32  # pixels
 EPOCHS = [100, 200, 400, 800]
 # LARS at lr * root of the batch, and ten epochs of warm-up.
-CIFAR10 = dict(arch="resnet50", batch=128, optimizer="lars", lr=0.2, head_out=64)
+CIFAR10 = dict(arch="resnet50", batch=128, optimizer="lars", lr=0.2, head_out=64, strength=0.5)
 IMAGENET = dict(arch="resnet50", batch=1024, optimizer="lars", lr=0.075, head_out=128)
 PAPER = [("cifar10", 2, CIFAR10), ("imagenet", 2, IMAGENET), ("imagenet", 3, IMAGENET)]
 
@@ -56,14 +56,15 @@ def _weight(loss, train):
     return dict(loss_weight=round(0.1 * train["head_out"], 1)) if loss == "decoupled NT-Xent" else {}
 
 
-def pictures(name, place):
-    if name == "digits":
-        return datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS)
-    return data.open_folder(place.pictures(name))
+def pictures(case, place):
+    if case["data"] == "digits":
+        crop = training.chosen(case).crop
+        return datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=crop)
+    return training.folder_source(case, place)
 
 
 def measure(case, seed, place):
-    source = pictures(case["data"], place)
+    source = pictures(case, place)
     begin = training.untrained if case["loss"] == UNTRAINED else training.train
     return dict(linear=training.linear(begin(case, seed, place, source)))
 
@@ -126,6 +127,12 @@ a third layer of the head takes it from 1.8 to 0.5 at 100 epochs and from 1.2 to
     measure=measure,
     table=table,
     figure=figure,
+    verdict="hardly: the order of the losses does",
+    found="After 1000 steps the order of the losses is that of P1's first hundred epochs of CIFAR-10: the decoupled "
+    "loss before NT-Xent, then SWD to the hypersphere, to the normal and to the hypercube. A deeper head brings "
+    "them closer after 250 steps, from 14.4 points over 12.6 to 7.3, but hardly after 1000, from 21.4 to 19.6. A "
+    "training four times as long does not bring them closer but apart: a desk's training ends where the published "
+    "one has hardly begun. And here a head of one layer is best for every loss at 1000 steps.",
 )
 
 if __name__ == "__main__":

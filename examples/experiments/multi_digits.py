@@ -9,7 +9,8 @@ the frozen encoder ask for a single digit of that size, anywhere on the canvas.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import datasets, figures, training
 from experiments.study import Study
@@ -24,7 +25,7 @@ PLACEMENTS = {"random": "random", "grid": "in-grid"}
 METHODS = ["supervised", "SimCLR", "untrained"]
 TRAIN = {
     "desk": dict(training.DESK, steps=500, temperature=0.1),
-    "paper": dict(arch="resnet18", batch=1024, epochs=100, optimizer="lars", lr=0.2, augment="device"),
+    "paper": dict(arch="resnet18", batch=1024, epochs=100, optimizer="lars", lr=0.2, head_layers=2, augment="device"),
 }
 
 
@@ -39,7 +40,7 @@ def cases(scale):
 def measure(case, seed, place):
     digits = datasets.load_digits(place.pictures(case["data"]))
     source = datasets.canvas_source(digits, [case["size"]] * case["number"], case["canvas"], case["placement"],
-                                    length=case["length"], seed=seed)
+                                    length=case["length"], crop=training.chosen(case).crop, seed=seed)
     begin = training.untrained if case["method"] == "untrained" else training.train
     build = training.supervised if case["method"] == "supervised" else methods.build
     trainer = begin(case, seed, place, source, build)

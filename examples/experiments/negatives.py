@@ -13,7 +13,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ ABLATED = LINEAR, FAST, NO_BLUR = "MoCo v2, linear head", "MoCo v2, momentum 0.5
 SETTINGS = {
     INSTDISC: dict(method="instdisc", queue=None, momentum=None, bn_splits=None),
     "MoCo": dict(head_layers=1, temperature=0.07),
-    SIMCLR: dict(method="simclr", queue=None, momentum=None, bn_splits=None),
+    SIMCLR: dict(method="simclr", head_layers=2, queue=None, momentum=None, bn_splits=None),
     "MoCo v2": {},
     HARD: {},
     LINEAR: dict(head_layers=1),
@@ -110,7 +111,8 @@ def with_negatives(count, settings, source, dtype=None):
 
 def measure(case, seed, place):
     if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, seed=seed)
+        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop,
+                                        seed=seed)
     else:
         source = training.folder_source(case, place)
     if case["method"] == UNTRAINED:

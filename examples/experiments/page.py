@@ -1,16 +1,16 @@
 """The page of all experiments: what was published beside what came out, from the results alone."""
 
 from .results import markdown
-from .study import Options, kept
+from .study import kept
 
 HEAD = """# What two papers found, at a desk
 
 Experiments on the trainer's parts, each a short file of [examples/experiments](../examples/experiments). P1 is
 "Intriguing Properties of Contrastive Losses" (Chen, Luo & Li 2021), P2 "Towards Good Practices in Self-supervised
 Representation Learning" (2020). The papers trained ResNets on CIFAR-10 and ImageNet, on accelerators, for days; a desk
-has two cores, scikit-learn's 1,797 digits and its two sample photographs, and a convolutional network of 98,000 weights.
-So what can be compared is a trend, not a figure. Every experiment had one setting, chosen before its runs, and is shown
-as it came out.
+has two cores, scikit-learn's 1,797 digits and its two sample photographs, and a convolutional network of 24,504
+weights. So what can be compared is a trend, not a figure. Pictures, sizes and lengths were chosen by a few short trial
+runs, so that something is learned in minutes; then every experiment was run once, and is shown as it came out.
 
     make experiments                                    # what is left to run; finished runs are kept
     make experiments OUT=my-results                     # all of it anew, on this machine
@@ -19,18 +19,19 @@ as it came out.
     python examples/experiments/rand_bit.py --scale paper --data mnist=path/to/mnist   # at the published size
 
 `--scale paper` takes folders of pictures, `mnist=`, `cifar10=` or `imagenet=`, each with train/ and val/ and in these a
-folder for each class; it was never run at that size here. Accuracies are per cent of test pictures; after ± is half the
+folder for each class; it was never run at that size here. Probes are logistic regression on standardised features, by
+L-BFGS, where the papers' is SGD. Accuracies are per cent of test pictures; after ± is half the
 distance from the lowest to the highest seed. Minutes are those of the runs, {machine}.
 """
 
 
-def text(studies, out):
-    """Markdown of all experiments that have results in the folder `out`, which the page names as it is here."""
-    found = [(each, *kept(each, Options(out=out))) for each in studies]
+def text(studies, options):
+    """Markdown of all experiments with results in the folder `options.out`, which the page names as it is here."""
+    found = [(each, *kept(each, options)) for each in studies]
     found = [(each, results, len(left)) for each, results, left in found if results.records]
     jobs = sorted({record["jobs"] for _, results, _ in found for record in results.records})
     machine = f"{' or '.join(map(str, jobs))} at a time"
-    return "\n".join([HEAD.format(machine=machine), _summary(found), *(_section(*each, out) for each in found)])
+    return "\n".join([HEAD.format(machine=machine), _summary(found), *(_section(*each, options.out) for each in found)])
 
 
 def _summary(found):

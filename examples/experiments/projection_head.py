@@ -10,7 +10,8 @@ whose hidden layer has a sixteenth of the width. A linear head stands between no
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from experiments import datasets, figures, training
 from experiments.study import Study
@@ -57,7 +58,8 @@ def with_fixed_head(settings, source, dtype=None):
 
 def measure(case, seed, place):
     if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, seed=seed)
+        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop,
+                                        seed=seed)
     else:
         source = training.folder_source(case, place)
     build = with_fixed_head if case["head"] == FIXED else methods.build
@@ -93,6 +95,12 @@ STUDY = Study(
     measure=measure,
     table=table,
     figure=figure,
+    verdict="yes, but for the narrower head",
+    found="No head is worse than an MLP, 38.5 against 46.8 with MoCo v2 and 49.7 against 62.7 with SimCLR. An MLP that "
+    "stays as random as it began does as well as one that learns, 48.1 and 62.0, and a second hidden layer takes "
+    "some of that away again, 41.0 and 51.3. The narrower head is not between, but far below: a sixteenth of 64 "
+    "features is 4. (It may also be that P2 narrowed the head's output, not what is inside.) A linear head, which "
+    "P2 does not have, is best here.",
 )
 
 if __name__ == "__main__":

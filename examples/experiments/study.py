@@ -22,15 +22,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from experiments.results import Results, append, finished, markdown
 from simclr import cli
 from simclr.errors import UsageError
 from simclr.interrupt import Interrupted
-from simclr.settings import COUNT, Parser
+from simclr.settings import COUNT, Parser, cores
 
-SCALES = ("desk", "paper")
+SCALES, DATA = ("desk", "paper"), ("mnist", "cifar10", "imagenet")
+STOPPED = "stopped; the same command goes on"
 SMOKE_SHARE = 20  # a reduced run takes one step of so many
 
 
@@ -109,14 +111,18 @@ def parse(arguments, prog):
     pairs = {}
     for option in ("data", "set"):
         for text in getattr(found, option):
-            if not all(text.partition("=")):
-                reader.error(f"argument --{option}: expected NAME=VALUE, got {text}")
+            name, sign, value = text.partition("=")
+            if not (name and sign and value) or option == "data" and name not in DATA:
+                forms = "NAME=VALUE" if option == "set" else " or ".join(f"{name}=FOLDER" for name in DATA)
+                reader.error(f"argument --{option}: expected {forms}, got {text}")
         pairs[option] = dict(text.split("=", 1) for text in getattr(found, option))
     given = {name: _number_or_text(value) for name, value in pairs["set"].items()}
-    kind = "smoke" if found.smoke else found.scale
-    out = found.out or Path("results/experiments" + ("" if kind == "desk" else f"-{kind}"))
-    jobs = found.jobs or (1 if cli.find_device(found.device).type == "cuda" or dist.is_torchelastic_launched()
-                          else len(os.sched_getaffinity(0)))
+    kinds = [found.scale] * (found.scale != "desk") + ["smoke"] * found.smoke
+    out = found.out or Path("-".join(["results/experiments", *kinds]))
+    alone = cli.find_device(found.device).type == "cuda" or dist.is_torchelastic_launched()
+    if dist.is_torchelastic_launched() and (found.jobs or 1) > 1:
+        reader.error(f"argument --jobs: expected 1 under torchrun, got {found.jobs}")
+    jobs = found.jobs or (1 if alone else cores())
     return Options(found.scale, out, pairs["data"], jobs, found.seeds, found.smoke, given, found.device)
 
 
@@ -143,14 +149,18 @@ def main(studies, arguments=None, prog="all.py"):
 
 def planned(study, options):
     """(case, seed) of every run."""
-    seeds = options.seeds or (1 if options.smoke else study.seeds)
-    return [(_adapted(case, options), seed) for seed in range(seeds) for case in study.cases(options.scale)]
+    seeds, cases = options.seeds or (1 if options.smoke else study.seeds), study.cases(options.scale)
+    for name in options.settings:
+        if name in ("seed", "out") or len({json.dumps(case["train"].get(name)) for case in cases}) > 1:
+            raise UsageError(f"--set: expected settings that are the same in all runs of {study.name}, got {name}")
+    return [(_adapted(case, options), seed) for seed in range(seeds) for case in cases]
 
 
 def _adapted(case, options):
     train = dict(case["train"])
-    if options.smoke and "steps" in train:
-        train["steps"] = max(2, train["steps"] // SMOKE_SHARE)
+    for length, least in (("steps", 2), ("epochs", 1)):
+        if options.smoke and length in train:
+            train[length] = max(least, train[length] // SMOKE_SHARE)
     return {**case, "train": train | options.settings}
 
 
@@ -171,8 +181,12 @@ def run(study, options):
             append(path, json.dumps(record))
     if options.rank == 0:
         results, _ = kept(study, options)
-        (path.parent / "table.md").write_text(markdown(*study.table(results)), encoding="utf-8")
-        (path.parent / "figure.png").write_bytes(study.figure(results))
+        table = markdown(*study.table(results))
+        (path.parent / "table.md").write_text(table, encoding="utf-8")
+        if left or not (path.parent / "figure.png").exists():
+            (path.parent / "figure.png").write_bytes(study.figure(results))
+        new = "" if left else ", all of them kept from before (--out for your own)"
+        print(f"\n{study.title}: {len(results.records)} runs{new}\n\n{table}\n{path.parent / 'figure.png'}\n")
 
 
 def _path(study, options):
@@ -196,8 +210,8 @@ def _measured(study, options, runs, folder, done):
         elif runs:
             # New processes, not forked ones: a fork of a process that has computed has half of its threads.
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
-                futures = [pool.submit(task, run) for run in runs]
+            with ProcessPoolExecutor(options.jobs, context) as pool:
+                futures = [pool.submit(_apart, task, run) for run in runs]
                 with _ending_together(futures):
                     for future in as_completed(futures):
                         yield future.result()
@@ -209,7 +223,7 @@ def _ending_together(futures):
     """What ends this process before its time, ends the others: SIGTERM is for this one alone."""
 
     def stop(number, _frame):
-        raise Interrupted(number, "stopped; the same command goes on")
+        raise Interrupted(number, STOPPED)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -224,12 +238,27 @@ def _ending_together(futures):
         signal.signal(signal.SIGTERM, before)
 
 
+def _apart(task, run):
+    """In a process of its own, which SIGTERM ends here: what it has been given beyond this run would come next."""
+    try:
+        return task(run)
+    except Interrupted as ended:
+        os._exit(ended.code)
+
+
 def _record(measure, options, folder, run):
-    """Do one run."""
+    """Do one run. On a CPU with one thread, however many runs there are at a time: the same run to the bit."""
     case, seed = run
+    device = cli.find_device(str(options.device))
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     own = folder / f"run-{hashlib.sha256(_key(case, seed).encode()).hexdigest()[:16]}"
     started = time.perf_counter()
-    result = measure(case, seed, Place(own, options.data, torch.device(options.device), options.rank, options.world))
+    try:
+        with threadpool_limits(1 if device.type == "cpu" else None):  # those of scikit-learn
+            result = measure(case, seed, Place(own, options.data, device, options.rank, options.world))
+    except Interrupted as ended:
+        raise Interrupted(ended.args[0], STOPPED) from None
     if options.rank == 0:
         shutil.rmtree(own, ignore_errors=True)
     return dict(case=case, seed=seed, seconds=round(time.perf_counter() - started, 1), jobs=options.jobs, result=result)

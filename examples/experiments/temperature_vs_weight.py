@@ -17,14 +17,14 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `simclr` and `experiments`
+if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import data
 
 TEMPERATURES = {"desk": [0.05, 0.1, 0.2, 0.5, 1.0], "paper": [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]}
 WEIGHTS = {"desk": [0.05, 0.2, 0.8, 3.2, 12.8], "paper": [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8]}
@@ -48,9 +48,9 @@ def cases(scale):
 
 def measure(case, seed, place):
     if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS)
+        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop)
     else:
-        source = data.open_folder(place.pictures(case["data"]))
+        source = training.folder_source(case, place)
     trainer = (training.train if case["weight"] else training.untrained)(case, seed, place, source)
     linear, features = training.linear(trainer), trainer.features()
     if trainer.rank:

@@ -34,10 +34,10 @@ def chosen(case, pictures="pictures"):
     return settings.parse([str(pictures), *arguments(case["train"])], "trainer")
 
 
-def folder_source(case, place):
-    """The pictures of the folder for `case["data"]`, with the views that its settings ask for."""
-    found = chosen(case, place.pictures(case["data"]))
-    return data.open_data(found.data, found.image_size, found.strength, found.blur, found.crop)
+def folder_source(case, place, name=None, image_size=None):
+    """The pictures of the folder for `name`, else for `case["data"]`, with the views that its settings ask for."""
+    found = chosen(case, place.pictures(name or case["data"]))
+    return data.open_data(found.data, image_size or found.image_size, found.strength, found.blur, found.crop)
 
 
 def prepare(case, seed, place, source, build=methods.build):
@@ -46,7 +46,7 @@ def prepare(case, seed, place, source, build=methods.build):
     Of a case it needs "train", the settings of the trainer by their names on its command line.
     """
     given = ["pictures", *arguments(case["train"]), "--seed", str(seed), "--no-probe", "--quiet", "--resume",
-             "--out", str(place.folder)]
+             "--checkpoint-every", "2000", "--out", str(place.folder)]
     return cli.prepare(settings.parse(given, "trainer"), source, place.device, place.rank, place.world, build)
 
 
@@ -80,34 +80,34 @@ def linear(trainer, train=None, test=None):
 class Supervised(methods.Method):
     """Cross-entropy of a linear classifier on the encoder, on one view of each picture.
 
-    `targets` [n, classes] are shares that sum to 1: of one class for each picture, or of several in it.
+    `known` are labels [n], or shares [n, classes] that sum to 1 where several classes are in a picture.
     """
 
     views = 1
 
-    def __init__(self, network, targets):
+    def __init__(self, network, known):
         super().__init__(network)
-        self.register_buffer("shares", targets)
+        self.register_buffer("known", known, persistent=False)
 
     def targets(self, views, index):
-        return self.shares[index]
+        return self.known[index]
 
     def loss(self, rows, targets):
         return F.cross_entropy(rows[0].float(), targets)
 
     def top1(self, rows, targets):
         """Share of pictures for which a class in them is named."""
-        return targets.gather(1, rows[0].argmax(1, keepdim=True)).gt(0).float().mean()
+        named = rows[0].argmax(1)
+        hits = named == targets if targets.ndim == 1 else targets.gather(1, named[:, None]) > 0
+        return hits.float().mean()
 
 
 def supervised(settings, source, dtype=None):
     """`build` for supervised training. `source.train.shares` [n, classes] are its targets, else its labels are."""
     encoder = model.build_encoder(settings.arch, source.channels, source.image_size, settings.width)
     head = nn.Linear(encoder.num_features, len(source.classes))
-    shares = getattr(source.train, "shares", None)
-    if shares is None:
-        shares = F.one_hot(source.train.labels, len(source.classes)).float()
-    return Supervised(methods.Network(encoder, head, dtype=dtype), shares)
+    known = getattr(source.train, "shares", source.train.labels)
+    return Supervised(methods.Network(encoder, head, dtype=dtype), known)
 
 
 class Autoencoder(nn.Module):

@@ -27,7 +27,7 @@ NAME = re.compile(r"step-(\d{8,})\.ckpt")
 BEST = "best.ckpt"
 # What may differ between the parts of a run.
 FREE = {"out", "resume", "keep", "checkpoint_every", "log_every", "eval_every", "no_probe", "workers", "device",
-        "tensorboard"}
+        "tensorboard", "quiet"}
 
 
 def fixed(settings):

@@ -231,10 +231,21 @@ def test_patches_are_the_pixels_of_their_location():
     assert torch.equal(found[1, :, 3, 7].sort().values, pictures[1, :, 12:16, 28:32].flatten().sort().values)
 
 
-def test_clusters_are_of_directions_and_the_largest_comes_first():
-    # Three directions, of any length, and of locations 3 : 2 : 1.
+def test_of_features_directions_are_clustered_and_of_pixels_their_brightness_too(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(clusters, "clustered", lambda maps, count, seed: seen.append(maps) or maps[:, 0].long())
+    for number, method in enumerate(("untrained", "pixels")):
+        case = next(c for c in local_features.cases("desk") if c["method"] == method)
+        local_features.measure(quick(case), 0, Place(tmp_path / str(number), {}, CPU))
+        lengths = torch.cat([maps.square().sum(1).sqrt().flatten() for maps in seen])
+        assert torch.allclose(lengths[lengths > 0], torch.ones(())) == (method == "untrained")
+        seen.clear()
+
+
+def test_clusters_are_of_near_locations_and_the_largest_comes_first():
+    # Three points, nearly, and of locations 3 : 2 : 1.
     kinds = torch.tensor([0, 0, 0, 1, 1, 2]).repeat(8).view(2, 4, 6)
-    maps = torch.eye(3)[kinds].permute(0, 3, 1, 2) * (1 + 50 * torch.rand(2, 1, 4, 6))
+    maps = torch.eye(3)[kinds].permute(0, 3, 1, 2) * (1 + 0.1 * torch.rand(2, 1, 4, 6))
     found = clusters.clustered(maps, 3, seed=0)
     assert torch.equal(found, kinds)
     assert torch.equal(clusters.clustered(maps, 3, seed=0), found)

@@ -131,7 +131,7 @@ def test_what_ends_it_ends_its_processes(tmp_path):
                str(tmp_path), "--set", "steps=100000", "width=2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 300
-    while len(list(tmp_path.glob("rand_bit/run-*/log.jsonl"))) < 2:
+    while sum('"step"' in log.read_text() for log in tmp_path.glob("rand_bit/run-*/log.jsonl")) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -102,6 +102,11 @@ STUDY = Study(
     measure=measure,
     table=table,
     figure=figure,
+    verdict="no",
+    found="Nothing moves: one digit or 1438 different ones, SimCLR's features tell photographs and digits as well as "
+    "before, at temperature 0.1 from 50.4 to 52.0 and from 63.5 to 65.3. Even random features tell the digits better, "
+    "77.5. In 300 steps on crops down to 8% of 32 pixels colours and textures are enough to tell pictures apart, and "
+    "the digits are not among what is learned.",
 )
 
 if __name__ == "__main__":

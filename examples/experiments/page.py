@@ -20,8 +20,8 @@ runs, so that something is learned in minutes; then every experiment was run onc
 
 `--scale paper` takes folders of pictures, `mnist=`, `cifar10=` or `imagenet=`, each with train/ and val/ and in these a
 folder for each class; it was never run at that size here. Probes are logistic regression on standardised features, by
-L-BFGS, where the papers' is SGD. Accuracies are per cent of test pictures; after ± is half the
-distance from the lowest to the highest seed. Minutes are those of the runs, {machine}.
+L-BFGS, where the papers' is SGD. Accuracies are per cent of test pictures; after ± is half the distance from the
+lowest to the highest seed. Minutes are those of the runs, {machine}, with other work beside them.
 """
 
 

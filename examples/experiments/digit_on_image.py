@@ -56,7 +56,7 @@ def measure(case, seed, place):
     def over(pictures, chosen, seed, unique=None):
         return datasets.DigitOnImage(pictures, *chosen, unique, case["digit"], side, seed)
 
-    source = training.with_pictures(plain, over(plain.train, digits[:2], seed, case["unique"]))
+    source = replace(plain, train=over(plain.train, digits[:2], seed, case["unique"]))
     begin = training.untrained if case["method"] == "untrained" else training.train
     build = training.supervised if case["method"] == "supervised" else methods.build
     trainer = begin(case, seed, place, source, build)

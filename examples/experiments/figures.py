@@ -84,15 +84,11 @@ def bars(groups, series, ylabel, levels=(), size=(7.5, 3.6)):
     return png(figure)
 
 
-def heatmap(values, rows, columns, xlabel, ylabel, form="{:.0f}", size=(4.6, 3.6)):
-    """Numbers `values[row][column]` as colours, and as text in their cells; None where there is none."""
-    figure = Figure(figsize=size, layout="constrained")
-    _cells(figure.subplots(), values, rows, columns, xlabel, ylabel, form)
-    return png(figure)
-
-
 def heatmap_and_histograms(cells, panels, edges, curve, size=(11.2, 4.0)):
-    """`cells`, the arguments of `heatmap`, beside histograms in two columns, all on the same axes.
+    """A heat map beside histograms in two columns, all on the same axes.
+
+    `cells` is (values, rows, columns, xlabel, ylabel): `values[row][column]` as colours, and as text in their cells;
+    None where there is none.
 
     A panel is (title, counts): of each of its columns what falls between the `edges`, one outline a column. `curve` is
     the density [(x, y)...] that they are to follow.

@@ -4,7 +4,6 @@
 """
 
 import itertools
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -164,8 +163,3 @@ def vae(settings, source, dtype=None):
     encoder = model.build_encoder(settings.arch, source.channels, source.image_size, settings.width)
     shape = (source.channels, source.image_size, source.image_size)
     return VAE(Autoencoder(encoder, shape, settings.head_out, settings.width, dtype), settings.head_out)
-
-
-def with_pictures(source, train, test=None):
-    """The source with other pictures of the same kind to train on."""
-    return replace(source, train=train, test=test or source.test)

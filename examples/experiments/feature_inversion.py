@@ -174,8 +174,8 @@ STUDY = Study(
     table=table,
     figure=figure,
     verdict="partly: behind the head",
-    found="Behind the head less is left than before it, a correlation of 0.34 against 0.41, as published; but without a "
-    "head it is not less than before one, 0.47. What comes back are colours, of the ground above all: from 64 "
+    found="Behind the head less is left than before it, a correlation of 0.34 against 0.41, as published; but without "
+    "a head it is not less than before one, 0.47. What comes back are colours, of the ground above all: from 64 "
     "pooled numbers no picture is recognised, from whichever features, where P2 inverts 2048.",
 )
 

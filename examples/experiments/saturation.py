@@ -199,11 +199,11 @@ STUDY = Study(
     seeds=2,
     verdict="yes",
     found="Both terms stop falling, the log-sum-exp where the derivation in the file says: at temperature 0.1 and "
-    "batch 128 it is 6.134 for 6 bits, 5.472 for 8 and 5.179 for 14, where no rows can be below 6.124, 5.464 and 5.159; "
-    "a batch of 512 goes on falling for two bits more. At temperature 1 all is over at 6 bits: 64 dimensions have "
-    "room for 65 rows as far from each other as the floor supposes, and for more the term comes to rest above it. "
-    "SWD comes to rest above what rows drawn from the prior have, for batches of 32 at 0.170 above 0.153, for 512 "
-    "at 0.019 above 0.012.",
+    "batch 128 it is 6.134 for 6 bits, 5.472 for 8 and 5.179 for 14, where no rows can be below 6.124, 5.464 "
+    "and 5.159; a batch of 512 goes on falling for two bits more. At temperature 1 all is over at 6 bits: 64 "
+    "dimensions have room for 65 rows as far from each other as the floor supposes, and for more the term comes "
+    "to rest above it. SWD comes to rest above what rows drawn from the prior have, for batches of 32 at 0.170 "
+    "above 0.153, for 512 at 0.019 above 0.012.",
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The training loop: steps, learning rate, log, probes of the encoder and checkpoints every so often."""
 
 import math
+import signal
 import time
 
 import torch
@@ -51,10 +52,10 @@ class Trainer:
                     for step, batch in enumerate(self._batches(), self.done + 1):
                         self._train_step(step, batch, bar)
                         self._stop_if_asked(interrupts, step)
-        except RuntimeError as error:
-            # PyTorch raises it wherever the main process happens to be.
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _from_a_dead_reader(error):
                 raise
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise it again, wherever that is
             raise RunError(f"after step {step}: a process that reads pictures died (out of memory?), --workers "
                            f"{self.settings.workers}; {self._last_checkpoint()}") from error
 
@@ -242,3 +243,11 @@ class Trainer:
         rows, labels, index = (torch.cat(part) for part in zip(*read))
         order = index.argsort()
         return rows[order].to(self.device), labels[order].to(self.device), index[order]
+
+
+def _from_a_dead_reader(error):
+    """PyTorch raises a RuntimeError wherever the main process happens to be; but before that, tensors that wait in the
+    reader's socket may be missed there. What a living reader raises says that it comes from one."""
+    said = str(error)
+    lost = isinstance(error, (ConnectionError, EOFError)) and "in DataLoader worker process" not in said
+    return lost or "DataLoader worker (pid" in said

@@ -23,8 +23,8 @@ MUTANTS = [
     Mutant(
         "one case after another instead of one seed after another",
         STUDY,
-        "for seed in range(seeds) for case in study.cases(options.scale)]",
-        "for case in study.cases(options.scale) for seed in range(seeds)]",
+        "for seed in range(seeds) for case in cases]",
+        "for case in cases for seed in range(seeds)]",
         TEST + "finished_runs_are_kept_and_the_rest_is_done",
     ),
     Mutant(
@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant(
         "a reduced run takes all its steps",
         STUDY,
-        'train["steps"] = max(2, train["steps"] // SMOKE_SHARE)',
+        "train[length] = max(least, train[length] // SMOKE_SHARE)",
         "pass",
         TEST + "a_reduced_run_has_a_step_of_twenty_and_one_seed",
     ),
@@ -58,8 +58,8 @@ MUTANTS = [
     Mutant(
         "supervised targets of other pictures",
         TRAINING,
-        "return self.shares[index]",
-        "return self.shares[index - 1]",
+        "return self.known[index]",
+        "return self.known[index - 1]",
         TEST + "supervised_training_learns_the_labels",
     ),
     Mutant(

@@ -20,9 +20,9 @@ import torch
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import augment, batches, methods, probe
+from simclr import augment, batches, probe
 
-MOCO, SUPERVISED, UNTRAINED = "MoCo v2", "supervised", "untrained"
+MOCO, SUPERVISED, UNTRAINED = "MoCo v2", training.SUPERVISED, training.UNTRAINED
 CROPS = {"20-100%": [0.2, 1.0], "20-50%": [0.2, 0.5], "2-10%": [0.02, 0.1]}  # shares of the area
 JITTERS = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0}
 CROP, JITTER = "20-100%", "1/2"  # where the other one varies
@@ -58,9 +58,7 @@ def measure(case, seed, place):
         source = datasets.photo_source(SIDE, settings.strength, settings.crop, TILES)
     else:
         source = training.folder_source(case, place)
-    build = training.supervised if case["method"] == SUPERVISED else methods.build
-    begin = training.untrained if case["method"] == UNTRAINED else training.train
-    trainer = begin(case, seed, place, source, build)
+    trainer = training.by_method(case, seed, place, source)
     found = dict(linear=training.linear(trainer))
     if trainer.rank == 0 and (case["method"], case["crop"], case["jitter"]) == (SUPERVISED, CROP, WEAKEST):
         found |= maps(trainer, EACH[case["data"]], seed)

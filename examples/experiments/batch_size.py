@@ -12,7 +12,7 @@ from pathlib import Path
 if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments import datasets, figures, training
+from experiments import figures, training
 from experiments.study import Study
 from simclr import batches
 
@@ -21,7 +21,6 @@ BATCHES = {"desk": [32, 64, 128, 256, 512], "paper": [512, 1024, 2048]}
 HEADS = {"desk": [2, 3], "paper": [2, 3, 4]}
 EPOCHS = {"desk": [20, 60], "paper": [100, 200, 400, 800]}
 PICTURES = 1438  # training digits
-DIGIT, CANVAS = 14, 32  # pixels
 TRAIN = {
     "desk": dict(training.DESK, optimizer="lars", lr=0.2, lr_scaling="sqrt"),
     "paper": dict(arch="resnet50", optimizer="lars", lr=0.075, lr_scaling="sqrt", head_out=128),
@@ -45,12 +44,8 @@ def _length(scale, epochs, batch):
 
 
 def measure(case, seed, place):
-    if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop)
-    else:
-        source = training.folder_source(case, place)
     begin = training.train if case["batch"] else training.untrained
-    return dict(linear=training.linear(begin(case, seed, place, source)))
+    return dict(linear=training.linear(begin(case, seed, place, training.pictures(case, place))))
 
 
 def groups(results):

@@ -6,14 +6,14 @@ from experiments import datasets
 from simclr import data
 
 
-class ColouredDigits:
+class ColouredDigits(data.MemoryPictures):
     """A digit in a bright colour of its own, on a dark ground of another: uint8 [3, size, size].
 
     Picture i shows digit i, three quarters of the side wide, at a random place.
     """
 
     def __init__(self, digits, labels, size=32, seed=0):
-        self.labels, generator = labels, torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         count, digits = len(digits), datasets.resized(digits, size * 3 // 4)
         corners = torch.randint(size - digits.shape[-1] + 1, (count, 2), generator=generator).tolist()
         dark = torch.randint(128, (count, 3, 1, 1), generator=generator)
@@ -21,16 +21,8 @@ class ColouredDigits:
         opaque = torch.zeros(count, 1, size, size)
         for layer, digit, (top, left) in zip(opaque, digits, corners):
             layer[:, top : top + len(digit), left : left + len(digit)] = digit / 255
-        self.pictures = (dark + opaque * (bright - dark)).round().to(torch.uint8)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, index):
-        return f"coloured digit {index}"
-
-    def read(self, index):
-        return self.pictures[index]
+        pictures = (dark + opaque * (bright - dark)).round().to(torch.uint8)
+        super().__init__(pictures, labels, "coloured digit")
 
 
 def source(size=32, strength=1.0, crop=None, seed=0):

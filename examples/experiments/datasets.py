@@ -167,6 +167,12 @@ class DigitOnImage:
         return added.clamp_(max=255).to(torch.uint8)
 
 
+def random_bits(length, bits, seed):
+    """(numbers int64 [length], their binary digits uint8 [length, bits], the lowest first), all numbers alike."""
+    numbers = torch.randint(2**bits, (length,), generator=torch.Generator().manual_seed(seed))
+    return numbers, (numbers[:, None] >> torch.arange(bits) & 1).to(torch.uint8)
+
+
 class RandBit:
     """(picture, code): beside every picture the `bits` binary digits, uint8 [bits], of a random number of its own.
 
@@ -176,9 +182,8 @@ class RandBit:
     def __init__(self, pictures, bits, seed=0):
         if not 0 <= bits <= 62:
             raise ValueError(f"RandBit: bits: expected 0 to 62, got {bits}")
-        numbers = torch.randint(2**bits, (len(pictures),), generator=torch.Generator().manual_seed(seed))
-        self.pictures, self.numbers, self.labels = pictures, numbers, pictures.labels
-        self.codes = (numbers[:, None] >> torch.arange(bits) & 1).to(torch.uint8)
+        self.pictures, self.labels = pictures, pictures.labels
+        self.numbers, self.codes = random_bits(len(pictures), bits, seed)
 
     def __len__(self):
         return len(self.pictures)
@@ -222,7 +227,7 @@ def with_bits(source, bits, seed=0):
 
 def digit_source(digits, size=28, crop=None):
     """Digits that fill their pictures."""
-    train, test = (data.DigitPictures(resized(images, size)[:, None], labels)
+    train, test = (data.MemoryPictures(resized(images, size)[:, None], labels)
                    for images, labels in (digits[:2], digits[2:]))
     return _gray(train, test, size, crop)
 
@@ -245,7 +250,7 @@ def _gray(train, test, size, crop):
                        augment.raw_digit(), partial(augment.device_digit_views, *recipe))
 
 
-class PhotoCrops:
+class PhotoCrops(data.MemoryPictures):
     """Squares cut from scikit-learn's two photographs, each of whose `tiles` is a class: uint8 [3, size, size].
 
     Natural colours and textures that come with a package. Training and test pictures show the same tiles, at other
@@ -263,7 +268,7 @@ class PhotoCrops:
                 corner = tile // columns * high, tile % columns * wide
                 labels += [labels[-1] + 1 if labels else 0] * each
                 pictures += [self._cut(photo, corner, (high, wide), size, draws) for _ in range(each)]
-        self.pictures, self.labels = torch.stack(pictures), torch.tensor(labels)
+        super().__init__(torch.stack(pictures), torch.tensor(labels), "photo crop")
 
     @staticmethod
     def _cut(photo, corner, tile, size, draws):
@@ -272,15 +277,6 @@ class PhotoCrops:
         top, left = (start + draws.integers(room - side + 1) for start, room in zip(corner, tile))
         square = torch.from_numpy(photo[top : top + side, left : left + side].copy()).permute(2, 0, 1)
         return v2.functional.resize(square, [size, size], antialias=True)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, index):
-        return f"photo crop {index}"
-
-    def read(self, index):
-        return self.pictures[index]
 
 
 def photo_source(size=32, strength=1.0, crop=None, tiles=PHOTO_TILES):

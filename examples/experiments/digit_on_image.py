@@ -20,7 +20,7 @@ if not __package__:  # run by its path: the folder of `simclr` and `experiments`
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import methods, probe
+from simclr import probe
 
 # The largest numbers are all the training digits there are.
 UNIQUE = {"desk": [1, 4, 16, 64, 256, 1438], "paper": [1, 10, 100, 1000, 10000, 60000]}
@@ -57,9 +57,7 @@ def measure(case, seed, place):
         return datasets.DigitOnImage(pictures, *chosen, unique, case["digit"], side, seed)
 
     source = replace(plain, train=over(plain.train, digits[:2], seed, case["unique"]))
-    begin = training.untrained if case["method"] == "untrained" else training.train
-    build = training.supervised if case["method"] == "supervised" else methods.build
-    trainer = begin(case, seed, place, source, build)
+    trainer = training.by_method(case, seed, place, source)
     train, test = over(plain.train, digits[:2], seed + 1), over(plain.test, digits[2:], seed + 2)
     found = training.features(trainer, train, test)
     if found is None:

@@ -15,7 +15,6 @@ if not __package__:  # run by its path: the folder of `simclr` and `experiments`
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import methods
 
 # Pixels. P1's small digit takes longer to be learnt than a desk has: there it has a larger share of the canvas.
 GEOMETRY = {
@@ -45,9 +44,7 @@ def measure(case, seed, place):
     digits = datasets.load_digits(place.pictures(case["data"]))
     source = datasets.canvas_source(digits, [case["first"], case["second"]], case["canvas"], length=case["length"],
                                     crop=training.chosen(case).crop, seed=seed)
-    begin = training.untrained if case["method"] == "untrained" else training.train
-    build = training.supervised if case["method"] == "supervised" else methods.build
-    trainer = begin(case, seed, place, source, build)
+    trainer = training.by_method(case, seed, place, source)
     sizes = list(dict.fromkeys([case["first"], case["second"]]))
     found = {size: training.linear(trainer, *datasets.single_digits(digits, size, case["canvas"], seed))
              for size in sizes}

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from experiments import clusters, datasets, figures, training
 from experiments.study import Study
-from simclr import methods
 
 from torchvision.transforms import v2
 
@@ -87,14 +86,13 @@ SOURCES = {"digits": canvases, "photographs": photographs, "imagenet": imagenet}
 
 def measure(case, seed, place):
     source, pictures, known = SOURCES[case["pictures"]](case, seed, place)
-    begin = training.train if case["method"] in ("SimCLR", "supervised") else training.untrained
-    build = training.supervised if case["method"] == "supervised" else methods.build
-    trainer = begin(case, seed, place, source, build)
+    pixels = case["method"] == "pixels"  # of which any encoder's feature maps say how they are cut into patches
+    trainer = training.by_method(dict(case, method=training.UNTRAINED) if pixels else case, seed, place, source)
     if trainer.rank:
         return None
     result, pictures = {}, pictures.to(trainer.device)
     for layer, maps in clusters.feature_maps(trainer.method.network.encoder, pictures, LAYERS).items():
-        pixels = case["method"] == "pixels"  # as they are: their length is the brightness
+        # Pixels as they are: their length is the brightness.
         maps = clusters.patches(pictures, maps) if pixels else F.normalize(maps.float(), dim=1)
         for count in CLUSTERS:
             found = clusters.clustered(maps, count, seed)

@@ -13,7 +13,7 @@ from pathlib import Path
 if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments import datasets, figures, training
+from experiments import figures, training
 from experiments.results import MISSING
 from experiments.study import Study
 
@@ -26,7 +26,6 @@ LOSSES = {
 }
 UNTRAINED = "untrained"
 STEPS, HEADS = [250, 1000], [1, 2, 3]  # at desk
-DIGIT, CANVAS = 14, 32  # pixels
 EPOCHS = [100, 200, 400, 800]
 # LARS at lr * root of the batch, and ten epochs of warm-up.
 CIFAR10 = dict(arch="resnet50", batch=128, optimizer="lars", lr=0.2, head_out=64, strength=0.5)
@@ -56,17 +55,9 @@ def _weight(loss, train):
     return dict(loss_weight=round(0.1 * train["head_out"], 1)) if loss == "decoupled NT-Xent" else {}
 
 
-def pictures(case, place):
-    if case["data"] == "digits":
-        crop = training.chosen(case).crop
-        return datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=crop)
-    return training.folder_source(case, place)
-
-
 def measure(case, seed, place):
-    source = pictures(case, place)
     begin = training.untrained if case["loss"] == UNTRAINED else training.train
-    return dict(linear=training.linear(begin(case, seed, place, source)))
+    return dict(linear=training.linear(begin(case, seed, place, training.pictures(case, place))))
 
 
 def settings(results):

@@ -14,7 +14,6 @@ if not __package__:  # run by its path: the folder of `simclr` and `experiments`
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import methods
 
 NUMBERS = [1, 2, 4, 8, 12, 16]
 GEOMETRY = {
@@ -41,9 +40,7 @@ def measure(case, seed, place):
     digits = datasets.load_digits(place.pictures(case["data"]))
     source = datasets.canvas_source(digits, [case["size"]] * case["number"], case["canvas"], case["placement"],
                                     length=case["length"], crop=training.chosen(case).crop, seed=seed)
-    begin = training.untrained if case["method"] == "untrained" else training.train
-    build = training.supervised if case["method"] == "supervised" else methods.build
-    trainer = begin(case, seed, place, source, build)
+    trainer = training.by_method(case, seed, place, source)
     return dict(linear=training.linear(trainer, *datasets.single_digits(digits, case["size"], case["canvas"], seed)))
 
 

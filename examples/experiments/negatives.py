@@ -20,12 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from experiments import datasets, figures, training
+from experiments import figures, training
 from experiments.study import Study
 from fastcl import Queue
 from simclr import methods
 
-DIGIT, CANVAS = 14, 32  # pixels
 COUNTS = {"desk": [16, 64, 256, 1024], "paper": [256, 512, 4096, 16384, 65536]}
 ABLATION = {"desk": [16, 1024], "paper": [512, 65536]}
 MOST_ROWS = {"desk": 256, "paper": 16384}  # of SimCLR's batch at desk size, of the largest one in its paper
@@ -33,7 +32,7 @@ TRAIN = {  # of the methods with a queue
     "desk": dict(training.MOCO["desk"], steps=500),
     "paper": dict(training.MOCO["paper"], epochs=200),
 }
-INSTDISC, SIMCLR, UNTRAINED, HARD = "InstDisc", "SimCLR", "untrained", "MoCo v2, hard negatives"
+INSTDISC, SIMCLR, UNTRAINED, HARD = "InstDisc", "SimCLR", training.UNTRAINED, "MoCo v2, hard negatives"
 ABLATED = LINEAR, FAST, NO_BLUR = "MoCo v2, linear head", "MoCo v2, momentum 0.5", "MoCo v2, no blur"
 SETTINGS = {
     INSTDISC: dict(method="instdisc", queue=None, momentum=None, bn_splits=None),
@@ -110,15 +109,8 @@ def with_negatives(count, settings, source, dtype=None):
 
 
 def measure(case, seed, place):
-    if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop,
-                                        seed=seed)
-    else:
-        source = training.folder_source(case, place)
-    if case["method"] == UNTRAINED:
-        return dict(linear=training.linear(training.untrained(case, seed, place, source)))
-    build = partial(with_negatives, case["negatives"])
-    return dict(linear=training.linear(training.train(case, seed, place, source, build)))
+    source, build = training.pictures(case, place, seed), partial(with_negatives, case["negatives"])
+    return dict(linear=training.linear(training.by_method(case, seed, place, source, build)))
 
 
 def _counts(results):

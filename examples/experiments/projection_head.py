@@ -13,12 +13,11 @@ from pathlib import Path
 if not __package__:  # run by its path: the folder of `simclr` and `experiments` in the place of this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments import datasets, figures, training
+from experiments import figures, training
 from experiments.study import Study
 from simclr import methods
 
-DIGIT, CANVAS = 14, 32  # pixels
-FIXED, NARROW, UNTRAINED = "fixed MLP", "narrower MLP", "untrained"
+FIXED, NARROW, UNTRAINED = "fixed MLP", "narrower MLP", training.UNTRAINED
 HEADS = {
     "MLP": dict(head_layers=2),
     "none": dict(head_layers=0),
@@ -57,14 +56,8 @@ def with_fixed_head(settings, source, dtype=None):
 
 
 def measure(case, seed, place):
-    if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop,
-                                        seed=seed)
-    else:
-        source = training.folder_source(case, place)
-    build = with_fixed_head if case["head"] == FIXED else methods.build
-    begin = training.untrained if case["head"] == UNTRAINED else training.train
-    return dict(linear=training.linear(begin(case, seed, place, source, build)))
+    source, build = training.pictures(case, place, seed), with_fixed_head if case["head"] == FIXED else methods.build
+    return dict(linear=training.linear(training.by_method(case, seed, place, source, build)))
 
 
 def table(results):

@@ -15,7 +15,6 @@ if not __package__:  # run by its path: the folder of `simclr` and `experiments`
 
 from experiments import datasets, figures, training
 from experiments.study import Study
-from simclr import methods
 
 BITS = {"desk": [0, 2, 4, 6, 8, 10, 12], "paper": [0, 2, 4, 6, 8, 10, 12, 14, 16]}
 METHODS = {
@@ -47,9 +46,7 @@ def cases(scale):
 def measure(case, seed, place):
     digits = datasets.load_digits(place.pictures(case["data"]))
     source = datasets.with_bits(datasets.digit_source(digits, crop=training.chosen(case).crop), case["bits"], seed)
-    build = training.vae if case["method"] == "VAE" else methods.build
-    begin = training.untrained if case["method"] == "untrained" else training.train
-    return dict(linear=training.linear(begin(case, seed, place, source, build)))
+    return dict(linear=training.linear(training.by_method(case, seed, place, source)))
 
 
 def table(results):

@@ -30,7 +30,7 @@ if not __package__:  # run by its path: the folder of `simclr` and `experiments`
 
 import torch
 
-from experiments import figures, training
+from experiments import datasets, figures, training
 from experiments.study import Study
 from fastcl import generalized_contrastive_loss, swd_loss
 from simclr import augment, data, methods, model
@@ -58,9 +58,8 @@ class BitPictures:
     def __init__(self, bits, length, side, seed=0):
         if not 1 <= bits <= 62:
             raise ValueError(f"BitPictures: bits: expected 1 to 62, got {bits}")
-        self.labels = torch.randint(2**bits, (length,), generator=torch.Generator().manual_seed(seed))
-        self.codes = 255 * (self.labels[:, None] >> torch.arange(bits) & 1).to(torch.uint8)
-        self.side = side
+        self.labels, codes = datasets.random_bits(length, bits, seed)
+        self.codes, self.side = 255 * codes, side
 
     def __len__(self):
         return len(self.labels)

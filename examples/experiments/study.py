@@ -48,7 +48,7 @@ class Place:
 
     def pictures(self, name):
         """The folder of a data set, or the name of one that needs none."""
-        if name in ("digits", "synthetic"):
+        if name == "digits":
             return name
         if name not in self.data:
             raise UsageError(f"--data: expected {name}=FOLDER for --scale paper, got {' '.join(self.data) or 'none'}")
@@ -88,7 +88,6 @@ class Options:
     smoke: bool = False
     settings: dict = field(default_factory=dict)  # of the trainer, in the place of the cases' own
     device: torch.device | str = "auto"
-    workers: int = 0  # processes beside this one that read pictures: none that these options know of
     rank: int = 0
     world: int = 1
 
@@ -139,7 +138,7 @@ def main(studies, arguments=None, prog="all.py"):
     try:
         with cli.one_line(prog):
             options = parse(arguments, prog)
-            with cli.processes(options) as (options.device, options.rank, options.world):
+            with cli.processes(options.device) as (options.device, options.rank, options.world):
                 for study in studies:
                     run(study, options)
     except SystemExit as ended:

@@ -23,12 +23,12 @@ if not __package__:  # run by its path: the folder of `simclr` and `experiments`
 import torch
 import torch.nn.functional as F
 
-from experiments import datasets, figures, training
+from experiments import figures, training
 from experiments.study import Study
+from simclr import probe
 
 TEMPERATURES = {"desk": [0.05, 0.1, 0.2, 0.5, 1.0], "paper": [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]}
 WEIGHTS = {"desk": [0.05, 0.2, 0.8, 3.2, 12.8], "paper": [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8]}
-DIGIT, CANVAS = 14, 32  # pixels
 SHOWN = 3  # directions of a histogram
 EDGES = [number / 4 for number in range(-16, 17)]  # of its bins; the outer ones have all that lies beyond
 TRAIN = {
@@ -47,18 +47,16 @@ def cases(scale):
 
 
 def measure(case, seed, place):
-    if case["data"] == "digits":
-        source = datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=training.chosen(case).crop)
-    else:
-        source = training.folder_source(case, place)
+    source = training.pictures(case, place)
     trainer = (training.train if case["weight"] else training.untrained)(case, seed, place, source)
-    linear, features = training.linear(trainer), trainer.features()
+    features = trainer.features()
     if trainer.rank:
         return None
     rows = trainer.projections(features).float().cpu()
     reference = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed))
-    return dict(linear=linear, **follows(coordinates(rows)), prior_distance=follows(coordinates(reference))["distance"],
-                counts=[histogram(column) for column in coordinates(rows)[:SHOWN]])
+    columns, drawn = coordinates(rows), coordinates(reference)
+    return dict(linear=probe.linear_probe(features).top1, **follows(columns), prior_distance=follows(drawn)["distance"],
+                counts=[histogram(column) for column in columns[:SHOWN]])
 
 
 def coordinates(rows):

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from experiments import datasets
 from simclr import cli, data, methods, model, probe, settings
 
 DESK = dict(arch="convnet", width=8, batch=128, steps=500, lr=2e-3, warmup=0.05, augment="device", workers=0)
+DIGIT, CANVAS = 14, 32  # pixels, of `pictures` at a desk
+UNTRAINED, SUPERVISED = "untrained", "supervised"  # what a case's "method" may be, beside those of the trainer
 # MoCo v2 on digits, and on ImageNet as P2 has it: 8 parts of a batch keep their batch norms apart, on one GPU or eight.
 MOCO = {
     "desk": dict(DESK, method="moco-v2", queue=1024, momentum=0.99),
@@ -28,9 +31,9 @@ def arguments(train):
             yield from map(str, value if isinstance(value, (list, tuple)) else [value])
 
 
-def chosen(case, pictures="pictures"):
-    """The trainer's settings of a case, read from the command line that it stands for."""
-    return settings.parse([str(pictures), *arguments(case["train"])], "trainer")
+def chosen(case, pictures="pictures", *more):
+    """The trainer's settings of a case, read from the command line that it stands for, and `more` of it."""
+    return settings.parse([str(pictures), *arguments(case["train"]), *more], "trainer")
 
 
 def folder_source(case, place, name=None, image_size=None):
@@ -39,14 +42,21 @@ def folder_source(case, place, name=None, image_size=None):
     return data.open_data(found.data, image_size or found.image_size, found.strength, found.blur, found.crop)
 
 
+def pictures(case, place, seed=0):
+    """What to learn from, by `case["data"]`: digits somewhere on canvases that `seed` draws, or those of a folder."""
+    if case["data"] == "digits":
+        return datasets.canvas_source(datasets.load_digits(), [DIGIT], CANVAS, crop=chosen(case).crop, seed=seed)
+    return folder_source(case, place)
+
+
 def prepare(case, seed, place, source, build=methods.build):
     """The trainer before its first step, or where its last checkpoint was; `build` makes its method.
 
     Of a case it needs "train", the settings of the trainer by their names on its command line.
     """
-    given = ["pictures", *arguments(case["train"]), "--seed", str(seed), "--no-probe", "--quiet", "--resume",
-             "--checkpoint-every", "2000", "--out", str(place.folder)]
-    return cli.prepare(settings.parse(given, "trainer"), source, place.device, place.rank, place.world, build)
+    found = chosen(case, "pictures", "--seed", str(seed), "--no-probe", "--quiet", "--resume",
+                   "--checkpoint-every", "2000", "--out", str(place.folder))
+    return cli.prepare(found, source, place.device, place.rank, place.world, build)
 
 
 def train(case, seed, place, source, build=methods.build):
@@ -62,6 +72,17 @@ def untrained(case, seed, place, source, build=methods.build):
     trainer = prepare(case, seed, place, source, build)
     trainer.log.close()
     return trainer
+
+
+def by_method(case, seed, place, source, build=methods.build):
+    """The trainer of `case["method"]` after its last step, or before its first one where that is "untrained".
+
+    What is supervised or a VAE is built here, every other method by `build`.
+    """
+    method = case["method"]
+    if method == UNTRAINED:
+        return untrained(case, seed, place, source)
+    return train(case, seed, place, source, {SUPERVISED: supervised, "VAE": vae}.get(method, build))
 
 
 def features(trainer, train, test):

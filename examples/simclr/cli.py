@@ -75,12 +75,13 @@ def _output_folder(name):
 
 
 @contextlib.contextmanager
-def processes(settings):
-    """(device, rank, world) of this process, and the exchange with the others while there are any."""
-    device = find_device(settings.device)
+def processes(name, workers=0):
+    """(device, rank, world) of this process, which `workers` read pictures for, and the exchange with the others while
+    there are any."""
+    device = find_device(name)
     if device.type == "cpu":
         # Workers and compute threads share the cores: more threads than cores wait for each other in a spin.
-        torch.set_num_threads(max(1, torch.get_num_threads() - settings.workers))
+        torch.set_num_threads(max(1, torch.get_num_threads() - workers))
     distributed = dist.is_torchelastic_launched()
     if distributed:
         # Beside NCCL a backend for the CPU: the losses' settings travel there, so that no step waits for the GPU.
@@ -92,7 +93,7 @@ def processes(settings):
 
 def run(settings):
     """Train, probe and report; returns what happened, on rank 0, as a dict: probes, seconds, report's path."""
-    with processes(settings) as (device, rank, world):
+    with processes(settings.device, settings.workers) as (device, rank, world):
         return _run(settings, device, rank, world)
 
 

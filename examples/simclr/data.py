@@ -32,17 +32,17 @@ SYNTHETIC_TRAIN, SYNTHETIC_TEST, SYNTHETIC_CLASSES = 4096, 1024, 10
 STRIPES, NOISE = 8, 32  # across a synthetic picture; brightest grain on it, of 255
 
 
-class DigitPictures:
-    """Digits in memory: `read(i)` gives uint8 [1, CANVAS, CANVAS]."""
+class MemoryPictures:
+    """`pictures` in memory, uint8 [n, C, H, W], each called by its `kind` and number: `read(i)` gives [C, H, W]."""
 
-    def __init__(self, pictures, labels):
-        self.pictures, self.labels = pictures, labels
+    def __init__(self, pictures, labels, kind="digit"):
+        self.pictures, self.labels, self.kind = pictures, labels, kind
 
     def __len__(self):
         return len(self.labels)
 
     def name(self, index):
-        return f"digit {index}"
+        return f"{self.kind} {index}"
 
     def read(self, index):
         return self.pictures[index]
@@ -156,7 +156,7 @@ def open_digits(image_size=None, crop=None):
 
     bunch = load_digits()
     pictures, labels = place_digits(bunch.images), torch.as_tensor(bunch.target)
-    train, test = (DigitPictures(pictures[part], labels[part]) for part in stratified_split(labels))
+    train, test = (MemoryPictures(pictures[part], labels[part]) for part in stratified_split(labels))
     size = image_size or CANVAS
     if size != CANVAS:
         raise UsageError(f"--image-size: digits are {CANVAS} pixels wide, got {size}")

@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import report, suite_report
+from benchmarks import reporting, suite_report
 
 # Two runs of the same code on one quiet machine differ by up to a tenth at the sizes that are measured often, and by
 # more where a call takes less than a millisecond: those are told apart by their quartiles.
@@ -48,9 +48,9 @@ def compare(now: dict[tuple, dict], before: dict[tuple, dict]) -> tuple[str, lis
             worse += [case] if bad else []
             quotient = now[case]["median"] / then["median"]
             kind, m, d, dtype = case
-            lines.append([kind, f"{m:,}", d, dtype, report.spread(then, "×"), report.spread(now[case], "×"),
+            lines.append([kind, f"{m:,}", d, dtype, reporting.spread(then, "×"), reporting.spread(now[case], "×"),
                           f"{quotient:.2f}", "SLOWER" if bad else ""])  # fmt: skip
-    return report.table(["what", "M", "D", "dtype", "over ours, before", "now", "now / before", ""], lines), worse
+    return reporting.table(["what", "M", "D", "dtype", "over ours, before", "now", "now / before", ""], lines), worse
 
 
 def main() -> int:

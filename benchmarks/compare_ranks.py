@@ -27,7 +27,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-from benchmarks import report
+from benchmarks import reporting
 from fastcl import clip_loss, distributed, nt_xent
 
 LOSSES = {"nt_xent": nt_xent, "clip_loss": functools.partial(clip_loss, logit_scale=10.0, normalize=True)}
@@ -107,9 +107,9 @@ def markdown(rows: list[dict]) -> str:
         exchange = "-" if row["w"] == 1 else row["exchange"]
         lines.append([
             row["loss"], f"{row['pairs']:,}", row["d"], row["w"], exchange,
-            report.spread(row["ms"]), report.spread(row["exchange_ms"]), f"{share:.0%}",
+            reporting.spread(row["ms"]), reporting.spread(row["exchange_ms"]), f"{share:.0%}",
         ])  # fmt: skip
-    return report.table(["loss", "pairs in all", "D", "W", "exchange", "step ms", "exchanges ms", "share"], lines)
+    return reporting.table(["loss", "pairs in all", "D", "W", "exchange", "step ms", "exchanges ms", "share"], lines)
 
 
 def main() -> int:
@@ -128,7 +128,7 @@ def main() -> int:
     rows = [row for world in args.worlds for row in run_world(world, args)]
     print(markdown(rows))
     if args.json:
-        report.write_json(args.json, {"versions": report.versions(), "rows": rows})
+        reporting.write_json(args.json, {"versions": reporting.versions(), "rows": rows})
     return 0
 
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import eager, report, timing
+from benchmarks import eager, reporting, timing
 from fastcl import _native, nt_xent
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def simd_table(rows: list[dict]) -> str:
         highest = row["ms"][levels[-1]]
         cells = [f"{ms:.3g} ({ms / highest:.2f}×)" for ms in row["ms"].values()]
         lines.append([row["m"], row["d"], row["dtype"], *cells])
-    return report.table(["M", "D", "dtype", *(f"{name} ms" for name in levels)], lines)
+    return reporting.table(["M", "D", "dtype", *(f"{name} ms" for name in levels)], lines)
 
 
 def thread_table(rows: list[dict]) -> str:
@@ -109,7 +109,7 @@ def thread_table(rows: list[dict]) -> str:
         speedups = [f"{x:.2f}×" for x in row["speedup"].values()]
         lines.append([row["m"], row["d"], row["dtype"], *(f"{row['ms'][name]:.3g}" for name in names), *speedups])
     header = ["M", "D", "dtype", *(f"{name} ms" for name in names), *(f"{name} speed-up" for name in SIDES)]
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 def main() -> int:
@@ -129,7 +129,7 @@ def main() -> int:
         print(table(rows), end="\n\n")
         if args.folder is not None:
             (args.folder / f"{name}.md").write_text(table(rows) + "\n")
-            report.write_json(args.folder / f"{name}.json", {"versions": report.versions(), "rows": rows})
+            reporting.write_json(args.folder / f"{name}.json", {"versions": reporting.versions(), "rows": rows})
     return 0
 
 

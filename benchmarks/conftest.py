@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from benchmarks import peers, report, suite, suite_report
+from benchmarks import peers, reporting, suite, suite_report
 
 
 ENTRIES = pytest.StashKey[list]()
@@ -61,7 +61,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     """What was measured and with what; nothing about the repository or the name of the machine."""
     info = output_json["machine_info"]
     cpu = {key: info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
-    output_json["machine_info"] = {"cpu": cpu, "system": info["system"]} | report.versions()
+    output_json["machine_info"] = {"cpu": cpu, "system": info["system"]} | reporting.versions()
     output_json["machine_info"] |= {"peers": peers.versions(), "ceilings": suite.ceilings()}
     for key in ("commit_info", "version"):
         output_json.pop(key, None)

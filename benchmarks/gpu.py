@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import gpu_pairs_report, gpu_report, gpu_swd_report, report
+from benchmarks import gpu_pairs_report, gpu_report, gpu_swd_report, reporting
 
 HERE = Path(__file__).resolve().parent
 # Shares of the wall clock. What a phase leaves over goes to those after it.
@@ -252,7 +252,7 @@ def save(results: dict, folder: Path, name: str = "nt_xent", write=gpu_report.wr
     except Exception:
         results["problems"].append(traceback.format_exc())
         results["passed"] = False
-        report.write_json(folder / f"{name}.json", results)
+        reporting.write_json(folder / f"{name}.json", results)
 
 
 def run_pairs(results: dict, folder: Path, work: Path, seconds: float) -> None:
@@ -295,14 +295,14 @@ def main() -> int:
     # Ended from outside: the child is ended and what there is is kept.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     name = torch.cuda.get_device_name()
-    folder = args.out / report.slug(name)
+    folder = args.out / reporting.slug(name)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tests.txt").write_text("")
     results: dict = {"name": name, "passed": False, "seconds": {}, "tests": [], "cases": [], "tune": {}, "problems": []}
     swd: dict = {"name": name, "passed": False, "cases": [], "problems": []}
     pairs: dict = {"name": name, "passed": False, "cases": [], "problems": []}
     try:
-        results["versions"] = swd["versions"] = pairs["versions"] = report.versions()
+        results["versions"] = swd["versions"] = pairs["versions"] = reporting.versions()
     except Exception:
         results["problems"].append(traceback.format_exc())
     work = Path(tempfile.mkdtemp())

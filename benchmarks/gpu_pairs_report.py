@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import reporting
 from benchmarks.gpu_report import BOTH, LABELS, against, ceilings, closing, error, gib, ms_of, opening, why
 
 
@@ -67,7 +67,7 @@ def targets(results: dict) -> str:
             against(_first([_median(case.get("ratio", {}).get(BOTH)) for case in beside_eager]), target.ratio, False),
             "-" if in_graphs is None else f"{in_graphs:.4g}",
         ])  # fmt: skip
-    return report.table(["case", "ms", "GB", "times faster than eager", "in CUDA graphs"], rows)
+    return reporting.table(["case", "ms", "GB", "times faster than eager", "in CUDA graphs"], rows)
 
 
 def times(results: dict) -> str:
@@ -81,13 +81,13 @@ def times(results: dict) -> str:
         reached, rate = case.get("TFLOP/s"), results.get("ceilings", {}).get(f"{case['dtype']} TFLOP/s")
         rows.append([
             case["kind"], case["dtype"], f"{case['m']:,}", case["d"], LABELS.get(case["other"], case["other"]),
-            report.spread(mine) if mine else why(ours), report.spread(ours.get("graph_ms")),
-            report.spread(theirs) if theirs else why(other), report.spread(other.get("graph_ms")),
-            report.spread(case.get("ratio", {}).get(BOTH), "×"), "-" if in_graphs is None else f"{in_graphs:.3g}×",
+            reporting.spread(mine) if mine else why(ours), reporting.spread(ours.get("graph_ms")),
+            reporting.spread(theirs) if theirs else why(other), reporting.spread(other.get("graph_ms")),
+            reporting.spread(case.get("ratio", {}).get(BOTH), "×"), "-" if in_graphs is None else f"{in_graphs:.3g}×",
             f"{reached:.0f}" if reached else "-", f"{reached / rate:.0%}" if reached and rate else "-",
             gib(ours.get("peak_extra_bytes")), gib(other.get("peak_extra_bytes")), error(ours), error(other),
         ])  # fmt: skip
-    return report.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def markdown(results: dict) -> str:
@@ -111,5 +111,5 @@ def markdown(results: dict) -> str:
 def write(results: dict, folder: Path) -> None:
     """pairs.json first: nothing that the other may trip over loses the figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(folder / "pairs.json", results)
+    reporting.write_json(folder / "pairs.json", results)
     (folder / "pairs.md").write_text(markdown(results))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import reporting
 
 BOTH = "forward + backward"
 COLOURS = {"fastcl": "#1b6ca8", "eager": "#c8553d", "compiled": "#6b8f3c"}
@@ -82,7 +82,7 @@ def targets(results: dict) -> str:
             against(ratio_to(results, target, "eager"), target.ratio, at_most=False),
             against(ratio_to(results, target, "compiled"), target.compiled_ratio, at_most=False),
         ])  # fmt: skip
-    return report.table(["case", "ms", "GiB", "times faster than eager", "than torch.compile"], rows)
+    return reporting.table(["case", "ms", "GiB", "times faster than eager", "than torch.compile"], rows)
 
 
 def error(side: dict) -> str:
@@ -116,18 +116,18 @@ def times(results: dict) -> str:
         theirs = ms_of(case, case["other"])
         rows.append([
             case["dtype"], case["d"], f"{case['m']:,}", LABELS[case["other"]],
-            report.spread(ms_of(case, "fastcl", "forward")),
-            report.spread(ms_of(case, "fastcl")) if ms_of(case, "fastcl") else why(ours),
-            report.spread(ours.get("graph_ms")),
-            report.spread(ms_of(case, case["other"], "forward")),
-            report.spread(theirs) if theirs else why(other),
-            report.spread(case.get("ratio", {}).get(BOTH), "×"),
+            reporting.spread(ms_of(case, "fastcl", "forward")),
+            reporting.spread(ms_of(case, "fastcl")) if ms_of(case, "fastcl") else why(ours),
+            reporting.spread(ours.get("graph_ms")),
+            reporting.spread(ms_of(case, case["other"], "forward")),
+            reporting.spread(theirs) if theirs else why(other),
+            reporting.spread(case.get("ratio", {}).get(BOTH), "×"),
             f"{reached:.0f}" if reached else "-",
             f"{reached / rate:.0%}" if reached and rate else "-",
             gib(ours.get("peak_extra_bytes")), gib(other.get("peak_extra_bytes")),
             error(ours), error(other),
         ])  # fmt: skip
-    return report.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def tuning(found: dict) -> str:
@@ -141,7 +141,7 @@ def tuning(found: dict) -> str:
             f"{entry['best_ms']:.4f}" if "best_ms" in entry else "-", timed,
         ])  # fmt: skip
     header = ["entry", "M", "present: block m, n, d, warps, stages", "ms", "best", "ms", "timed"]
-    return report.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def tests(results: dict) -> str:
@@ -153,7 +153,7 @@ def tests(results: dict) -> str:
         done = "skipped" if "skipped" in run else "passed"
         state = done if run["returncode"] == 0 else "out of time" if run["timed_out"] else "FAILED"
         rows.append([f"`{run['command']}`", state, outcome, f"{run['seconds']:.0f}"])
-    return report.table(["tests", "result", "of which", "s"], rows)
+    return reporting.table(["tests", "result", "of which", "s"], rows)
 
 
 def opening(title: str, results: dict) -> list[str]:
@@ -250,6 +250,6 @@ def plot(results: dict, path: Path, dtype: str = "bf16", d: int = 128) -> None:
 def write(results: dict, folder: Path) -> None:
     """nt_xent.json first: nothing that the others may trip over loses the figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(folder / "nt_xent.json", results)
+    reporting.write_json(folder / "nt_xent.json", results)
     (folder / "nt_xent.md").write_text(markdown(results))
     plot(results, folder / "nt_xent.png")

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import eager, gpu_runner, report, timing, workloads
+from benchmarks import eager, gpu_runner, reporting, timing, workloads
 from benchmarks.timing import gradient_of
 from benchmarks.workloads import WORKLOADS, Workload, has_errors
 from fastcl import decoupled_nt_xent, nt_xent, uniformity_loss
@@ -107,7 +107,7 @@ def clock_ghz(device: torch.device) -> float | None:
     for _ in range(100):
         torch.sort(x, dim=1)
     which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    answer = report.output("nvidia-smi", which, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits")
+    answer = reporting.output("nvidia-smi", which, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits")
     torch.cuda.synchronize(device)
     return gigahertz(answer)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import reporting
 from benchmarks.gpu_report import LABELS, against, ceilings, closing, error, gib, ms_of, opening, why
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -109,7 +109,7 @@ def targets(results: dict) -> str:
         ours, base = device_ms(case), device_ms(case, "nt_xent")
         name = f"{kind}, M=8,192: time over that of nt_xent"
         rows.append([name, against(ours and base and ours / base, SIBLING_RATIO)])
-    return report.table(["target", "reached"], rows)
+    return reporting.table(["target", "reached"], rows)
 
 
 def times(results: dict) -> str:
@@ -124,14 +124,14 @@ def times(results: dict) -> str:
         shares = [f"{found[k] / reached:.0%}" if reached and k in found else "-" for k in ("bytes", "shared")]
         rows.append([
             case["kind"], case["dtype"], case["p"], f"{case['n']:,}", LABELS.get(case["other"], case["other"]),
-            report.spread(ms_of(case, "fastcl", label)) if ms_of(case, "fastcl", label) else why(ours),
-            report.spread(ours.get("graph_ms")),
-            report.spread(ms_of(case, case["other"], label)) if ms_of(case, case["other"], label) else why(other),
-            report.spread(other.get("graph_ms")),
-            report.spread(case.get("ratio", {}).get(label), "×"), *shares,
+            reporting.spread(ms_of(case, "fastcl", label)) if ms_of(case, "fastcl", label) else why(ours),
+            reporting.spread(ours.get("graph_ms")),
+            reporting.spread(ms_of(case, case["other"], label)) if ms_of(case, case["other"], label) else why(other),
+            reporting.spread(other.get("graph_ms")),
+            reporting.spread(case.get("ratio", {}).get(label), "×"), *shares,
             gib(ours.get("peak_extra_bytes")), gib(other.get("peak_extra_bytes")), error(ours), error(other),
         ])  # fmt: skip
-    return report.table(header, rows)
+    return reporting.table(header, rows)
 
 
 def markdown(results: dict) -> str:
@@ -155,5 +155,5 @@ def markdown(results: dict) -> str:
 def write(results: dict, folder: Path) -> None:
     """swd.json first: nothing that the other may trip over loses the figures."""
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(folder / "swd.json", results)
+    reporting.write_json(folder / "swd.json", results)
     (folder / "swd.md").write_text(markdown(results))

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import memory, report
+from benchmarks import memory, reporting
 from benchmarks.workloads import WORKLOADS
 
 # Workload: (name, formula, peers' classes). lse: log-sum-exp; S: products / temperature; p: the positive.
@@ -53,11 +53,11 @@ def markdown(m: int, d: int) -> str:
     ]  # fmt: skip
     peaks = {(case.kind, case.side): peak for case, peak in zip(cases, memory.resident_peaks(cases), strict=True)}
     lines = [
-        [*text, *(report.mebibytes(peaks.get((kind, side))) for side in ("fastcl", "eager"))]
+        [*text, *(reporting.mebibytes(peaks.get((kind, side))) for side in ("fastcl", "eager"))]
         for kind, text in LOSSES.items()
     ]
     size = f"M = {m:,}, D = {d}"
-    return report.table(["loss", "of row i", "replaces", f"MiB, {size}", "eager MiB"], lines)
+    return reporting.table(["loss", "of row i", "replaces", f"MiB, {size}", "eager MiB"], lines)
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu_pairs_report, gpu_report, report
+from benchmarks import gpu_pairs_report, gpu_report, reporting
 from fastcl.kernels import launch
 from fastcl.kernels.operands import split
 
@@ -107,7 +107,7 @@ def kernels_table() -> str:
         "kernel", "tile", "warps", "registers", "programs", "matrix", "special", "fp32", "issue", "limit",
         "bytes a clock",
     ]  # fmt: skip
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 def polynomial_table() -> str:
@@ -126,7 +126,7 @@ def polynomial_table() -> str:
             numbers = [f"{unit[key]:,.0f}" for key in ("matrix", "special", "issue")]
             lines.append([kernel, f"sm_{arch}", d, *numbers, f"{share}%", f"{100 * (1 - after / before):.0f}%"])
     header = ["kernel", "arch", "D", "matrix", "special", "issue", "share", "less time"]
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 def waves_table() -> str:
@@ -143,7 +143,7 @@ def waves_table() -> str:
             idle = 1 - waves / math.ceil(waves)
             lines.append([f"{m:,}", name, f"{count:,}", f"{waves:.2f}", f"{100 * (math.ceil(waves) - waves):.0f}%",
                           f"{100 * idle:.0f}%"])  # fmt: skip
-    return report.table(["M", "kernel", "programs", "waves", "idle in the last wave", "idle in all"], lines)
+    return reporting.table(["M", "kernel", "programs", "waves", "idle in the last wave", "idle in all"], lines)
 
 
 def nt_xent_table() -> str:
@@ -159,7 +159,7 @@ def nt_xent_table() -> str:
         "M", "forward, overlapped", "in turn", "backward, overlapped", "in turn", "2.5 products",
         "both, overlapped", "in turn", "memory",
     ]  # fmt: skip
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 def wide_ms(loss: str) -> dict[str, float]:
@@ -184,7 +184,7 @@ def wide_ms(loss: str) -> dict[str, float]:
 def wide_table() -> str:
     found = {loss: wide_ms(loss) for loss in ("clip_loss", "siglip_loss")}
     lines = [[loss, *(f"{x:.3g}" for x in ms.values())] for loss, ms in found.items()]
-    return report.table(["loss", *found["clip_loss"]], lines)
+    return reporting.table(["loss", *found["clip_loss"]], lines)
 
 
 def results_of(name: str) -> dict[str, dict]:
@@ -219,7 +219,7 @@ def targets_table() -> str:
             found = measured("pairs", functools.partial(gpu_pairs_report.time_of, target=target))
             predicted = f"{wide_ms(target.kind)['predicted']:.3g}"
             lines.append([f"{target.kind}, N={target.m:,}, D={target.d}", f"{target.ms:g}", predicted, found])
-    return report.table(["bf16, forward + backward", "aim, ms", "predicted", "measured"], lines)
+    return reporting.table(["bf16, forward + backward", "aim, ms", "predicted", "measured"], lines)
 
 
 TABLES = {

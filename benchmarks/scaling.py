@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-from benchmarks import report, timing
+from benchmarks import reporting, timing
 
 INPUTS = {
     # H100 SXM5 data sheet: dense fp16 and bf16, FLOP/s. The H200 is the same chip with other memory.
@@ -157,7 +157,7 @@ def _ms(seconds: float) -> str:
 def _line(found: dict[str, float]) -> list[str]:
     times = (found["compute"], *(x for key in ("gather", "ring") for x in (found[key] - found["compute"], found[key])))
     sizes = (found[f"{what} {key}"] for what in ("held by", "wire of") for key in ("gather", "ring"))
-    return [*map(_ms, times), *map(report.mebibytes, sizes)]
+    return [*map(_ms, times), *map(reporting.mebibytes, sizes)]
 
 
 FIGURES = ["compute ms", "gather: exposed", "step ms", "ring: exposed", "step ms", "gather holds MiB", "ring MiB",
@@ -171,7 +171,7 @@ def nt_xent_table() -> str:
             for world in WORLDS:
                 found = predict("nt_xent", world, pairs, d)
                 lines.append([d, f"{pairs:,}", f"{world:,}", f"{found['total']:,}", *_line(found)])
-    return report.table(["D", "pairs a rank", "W", "M", *FIGURES], lines)
+    return reporting.table(["D", "pairs a rank", "W", "M", *FIGURES], lines)
 
 
 def pairs_table() -> str:
@@ -180,7 +180,7 @@ def pairs_table() -> str:
         for world in WORLDS:
             found = predict(loss, world, 1024, 768)
             lines.append([f"`{loss}`", f"{world:,}", f"{found['total']:,}", *_line(found)])
-    return report.table(["loss", "W", "N", *FIGURES], lines)
+    return reporting.table(["loss", "W", "N", *FIGURES], lines)
 
 
 def ring_table() -> str:
@@ -192,11 +192,11 @@ def ring_table() -> str:
             worlds = {name: math.ceil(INPUTS["share"] * size / rank) for name, size in INPUTS["memory"].items()}
             found = predict("nt_xent", worlds["H100"], pairs, d)
             lines.append([
-                d, f"{pairs:,}", report.mebibytes(rank), *(f"{world:,}" for world in worlds.values()),
+                d, f"{pairs:,}", reporting.mebibytes(rank), *(f"{world:,}" for world in worlds.values()),
                 _ms(found["gather"]), _ms(found["ring"]), f"{found['ring'] / found['gather']:.2f}×",
             ])  # fmt: skip
     header = ["D", "pairs a rank", "MiB of a rank", "W, H100", "W, H200", "gather ms, H100's W", "ring ms", "costs"]
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 def header_table() -> str:
@@ -205,7 +205,7 @@ def header_table() -> str:
         size = 8 * INPUTS["header"] * world
         seconds = gather_seconds(world, size), (world - 1) * INPUTS["gloo hop"]
         lines.append([f"{world:,}", f"{size:,}", *map(_ms, seconds)])
-    return report.table(["W", "bytes", "NCCL ms", "gloo ms"], lines)
+    return reporting.table(["W", "bytes", "NCCL ms", "gloo ms"], lines)
 
 
 def uneven_table() -> str:
@@ -219,7 +219,7 @@ def uneven_table() -> str:
         times = [gather_seconds(world, factor * size) for factor in (1, 1.5, 2)] + [world * way + size / link_of(world)]
         lines.append([f"{world:,}", *map(_ms, times)])
     header = ["W", "even ms", "padded, half more ms", "padded, twice ms", "W broadcasts ms"]
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 TABLES = {
@@ -340,11 +340,11 @@ def measure(world: int, widths: list[int], rounds: int) -> list[dict]:
 def measured_table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
-        cells = [report.spread(row["ms"].get(name)) if name not in row["refused"] else "refused" for name in WAYS]
-        sizes = map(report.mebibytes, row["bytes"].values())
+        cells = [reporting.spread(row["ms"].get(name)) if name not in row["refused"] else "refused" for name in WAYS]
+        sizes = map(reporting.mebibytes, row["bytes"].values())
         lines.append([len(row["counts"]), row["what"], row["d"], *sizes, *cells])
     header = ["W", "1,024 rows a rank", "D", "padded MiB", "broadcasts MiB", *(f"{name} ms" for name in WAYS)]
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = [row for world in args.worlds for row in measure(world, args.d, args.rounds)]
         print(measured_table(rows))
         if args.json:
-            report.write_json(args.json, {"versions": report.versions(), "rows": rows})
+            reporting.write_json(args.json, {"versions": reporting.versions(), "rows": rows})
     elif args.page:
         args.page.write_text(with_tables(args.page.read_text(encoding="utf-8")), encoding="utf-8")
     else:

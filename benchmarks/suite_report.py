@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import reporting
 
 # Names of sides in tables.
 LABELS = {"eager": "eager PyTorch", "compiled": "torch.compile"}
@@ -82,13 +82,13 @@ def table(entries: Iterable[dict], ceilings: dict[str, float], versions: dict[st
             numbers = [f"{error[key]:.1e}" if error else "-" for key in ("loss", "gradient")]
             quotient = info.get("slower_than_fastcl") if side != "fastcl" else None
             lines.append([
-                kind, f"{m:,}", d, dtype, label(side, versions), report.spread(info["ms"]), _times(quotient),
+                kind, f"{m:,}", d, dtype, label(side, versions), reporting.spread(info["ms"]), _times(quotient),
                 f"{info['ms']['fastest'] / sides['fastcl']['ms']['fastest']:.3g}×" if quotient else "-",
-                report.mebibytes(info["peak_extra_bytes"]),
+                reporting.mebibytes(info["peak_extra_bytes"]),
                 _share(info.get("TFLOP/s"), _ceiling(ceilings, dtype)),
                 _share(info.get("TB/s"), ceilings.get("copy TB/s")), *numbers, error.get("verdict", "-"),
             ])  # fmt: skip
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 def summary(entries: Iterable[dict], ceilings: dict[str, float]) -> str:
@@ -107,13 +107,13 @@ def summary(entries: Iterable[dict], ceilings: dict[str, float]) -> str:
         ]
         floor = next((over[side] for side in REFERENCES if side in over), None)
         lines.append([
-            kind, f"{m:,}", d, dtype, report.spread(ours["ms"]),
+            kind, f"{m:,}", d, dtype, reporting.spread(ours["ms"]),
             _share(ours.get("TFLOP/s"), _ceiling(ceilings, dtype)),
             f"{floor['median']:.0%}" if floor else "-", _times(over.get(base)), _times(over.get("compiled")),
-            ", ".join(others) or "-", report.mebibytes(ours["peak_extra_bytes"]),
-            report.mebibytes(sides.get(base, {}).get("peak_extra_bytes")),
+            ", ".join(others) or "-", reporting.mebibytes(ours["peak_extra_bytes"]),
+            reporting.mebibytes(sides.get(base, {}).get("peak_extra_bytes")),
         ])  # fmt: skip
-    return report.table(header, lines)
+    return reporting.table(header, lines)
 
 
 def verdict_of(info: dict) -> str | None:
@@ -131,7 +131,7 @@ def targets(entries: Iterable[dict]) -> str:
             size = f"M={target.m:,} D={target.d}"
             lines.append([target.kind, size, LABELS.get(target.side, target.side), f"{target.least:g}×",
                           f"{reached:.3g}×", state])  # fmt: skip
-    return report.table(["what", "size", "its time over ours:", "at least", "reached", ""], lines)
+    return reporting.table(["what", "size", "its time over ours:", "at least", "reached", ""], lines)
 
 
 def growth(entries: Iterable[dict]) -> str:
@@ -145,9 +145,9 @@ def growth(entries: Iterable[dict]) -> str:
             first = units
         time, memory = (unit / base for unit, base in zip(units, first, strict=True))
         state = "met" if max(abs(time - 1), abs(memory - 1)) <= GROWTH else "MISSED"
-        lines.append([f"{m:,}", report.spread(ours["ms"]), report.mebibytes(ours["peak_extra_bytes"]), f"{time:.2f}",
-                      f"{memory:.2f}", state])  # fmt: skip
-    return report.table(["M", "ms", "MiB", "time over M²", "memory over M D", f"within {GROWTH:.0%}"], lines)
+        extra = reporting.mebibytes(ours["peak_extra_bytes"])
+        lines.append([f"{m:,}", reporting.spread(ours["ms"]), extra, f"{time:.2f}", f"{memory:.2f}", state])
+    return reporting.table(["M", "ms", "MiB", "time over M²", "memory over M D", f"within {GROWTH:.0%}"], lines)
 
 
 def missing(versions: dict[str, str]) -> list[str]:

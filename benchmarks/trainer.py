@@ -28,7 +28,7 @@ from simclr.data import Source
 from simclr.settings import parse
 from simclr.train import Trainer
 
-from benchmarks import eager, report, timing
+from benchmarks import eager, reporting, timing
 
 SIDES = ("fastcl", "eager")
 PARTS = ("encoder", "loss", "optimizer")
@@ -138,8 +138,8 @@ def markdown(results: dict) -> str:
         for side in SIDES:
             ms = {part: value["median"] for part, value in row["ms"][side].items()}
             cells += [f"{row['batch'] / ms['step'] * 1e3:,.0f}", f"{ms['loss']:.3g}", f"{ms['loss'] / ms['step']:.1%}"]
-        rows.append([*cells, report.spread(row["speedup"], "×")])
-    text = report.table([*head, "step, eager over ours"], rows) + "\n"
+        rows.append([*cells, reporting.spread(row["speedup"], "×")])
+    text = reporting.table([*head, "step, eager over ours"], rows) + "\n"
     if results.get("largest"):
         found = {side: f"{batch:,}" + (" or more" if batch == LARGEST else "")
                  for side, batch in results["largest"].items()}
@@ -162,13 +162,13 @@ def main() -> int:
     cases = GPU_CASES if device.type == "cuda" else CPU_CASES
     if args.arch:
         cases = [(args.arch, args.image_size, args.batch, args.chunks, args.precision)]
-    results: dict = {"versions": report.versions(), "device": str(device), "cases": []}
+    results: dict = {"versions": reporting.versions(), "device": str(device), "cases": []}
 
     def keep() -> None:
         """After every part: what was measured survives what comes next."""
         if args.folder:
             args.folder.mkdir(parents=True, exist_ok=True)
-            report.write_json(args.folder / "trainer.json", results)
+            reporting.write_json(args.folder / "trainer.json", results)
             (args.folder / "trainer.md").write_text(markdown(results))
 
     for case in cases:

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks import report, timing
+from benchmarks import reporting, timing
 from fastcl.kernels import launch
 from fastcl.kernels.launch import Tile
 
@@ -358,7 +358,7 @@ def main() -> int:
     def write(found: dict) -> None:
         record.update(found)
         if args.json:
-            report.write_json(args.json, found)
+            reporting.write_json(args.json, found)
 
     sweep(args.only, device, end, warm_all(args.only, args.seconds * 0.6), write)
     for line in record["entries"]:

@@ -29,7 +29,7 @@ from benchmarks import (
     gpu_report,
     gpu_runner,
     memory,
-    report,
+    reporting,
     timing,
     tune,
 )
@@ -344,6 +344,6 @@ def test_a_phase_that_fails_costs_that_phase_alone(tmp_path):
 
 
 def test_slug_and_tables():
-    assert report.slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
-    assert report.table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-    assert report.versions()["torch"] == torch.__version__
+    assert reporting.slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
+    assert reporting.table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert reporting.versions()["torch"] == torch.__version__

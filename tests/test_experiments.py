@@ -107,8 +107,8 @@ def test_a_reduced_run_has_a_step_of_twenty_and_one_seed(tmp_path):
 
 def test_runs_in_processes_of_their_own_find_the_same(tmp_path):
     """Training, too, by the bit: every process computes with one thread."""
-    command = [sys.executable, str(EXAMPLES / "experiments" / "rand_bit.py"), "--device", "cpu", "--seeds", "1", "--set",
-               "steps=2", "batch=16", "width=2"]
+    command = [sys.executable, str(EXAMPLES / "experiments" / "rand_bit.py"), "--device", "cpu", "--seeds", "1",
+               "--set", "steps=2", "batch=16", "width=2"]
     found = []
     for jobs in ("1", "2"):
         out = tmp_path / jobs
@@ -147,8 +147,8 @@ def test_what_ends_it_ends_its_processes(tmp_path):
 
 def test_two_ranks_share_a_run(tmp_path):
     source = str(EXAMPLES / "experiments" / "rand_bit.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", source, "--device",
-               "cpu", "--out", str(tmp_path), "--seeds", "1", "--set", "steps=2", "batch=16", "width=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", source,
+               "--device", "cpu", "--out", str(tmp_path), "--seeds", "1", "--set", "steps=2", "batch=16", "width=2"]
     (tmp_path / "rand_bit").mkdir()
     plan = study.planned(rand_bit.STUDY, study.parse(command[7:], "test"))
     with open(tmp_path / "rand_bit" / "runs.jsonl", "w") as file:
@@ -188,12 +188,21 @@ def test_spreads_and_cells():
     (["--jobs", "0"], "argument --jobs"),
     (["--device", "gpu"], "--device: expected auto, cpu or one of"),
     (["--scale", "paper"], "--data: expected mnist=FOLDER for --scale paper, got none"),
+    (["--scale", "paper", "--data", "mnist=there"], "--data: expected mnist=FOLDER with train/ and val/, got there"),
     (["--set", "optimiser=lars"], "unrecognized arguments: --optimiser"),
 ])
 def test_a_mistake_is_one_line(arguments, message, tmp_path, capfd):
     assert rand_bit.STUDY.main(["--jobs", "1", "--out", str(tmp_path), *arguments]) == 2
     error = capfd.readouterr().err
     assert message in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_what_a_later_experiment_lacks_is_said_before_the_first_one(tmp_path, capfd):
+    folders = [f"{name}={tmp_path}" for name in ("mnist", "cifar10")]
+    arguments = ["--scale", "paper", "--data", *folders, "--out", str(tmp_path / "out")]
+    assert study.main(everything.studies(["rand_bit", "digit_on_image"]), arguments) == 2
+    assert "--data: expected imagenet=FOLDER for --scale paper, got mnist cifar10" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_published_size_takes_folders(tmp_path):

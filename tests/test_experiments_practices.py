@@ -156,7 +156,7 @@ def test_hard_negatives_are_drawn_from_the_whole_queue_as_many_as_it_has(source,
         assert (method.hard_negatives, len(method.queue.rows)) == (count, count)
 
 
-def test_simclr_parts_are_the_mean_over_blocks_of_the_batch(source, tmp_path):
+def test_simclr_parts_are_the_mean_over_blocks_of_the_batch(source, tmp_path, monkeypatch):
     method = negatives_method(source, tmp_path, negatives.SIMCLR, 16, 32)
     z1, z2 = torch.randn(2, 32, 128)
     logits = []
@@ -165,6 +165,8 @@ def test_simclr_parts_are_the_mean_over_blocks_of_the_batch(source, tmp_path):
         similar = (rows @ rows.T / 0.2).masked_fill(torch.eye(16, dtype=torch.bool), -torch.inf)
         logits.append(F.cross_entropy(similar, torch.arange(16).roll(8)))
     assert torch.isclose(method.loss([z1, z2], None), torch.stack(logits).mean(), rtol=1e-5)
+    monkeypatch.setattr(negatives, "_ranks", lambda: 2)  # whose rows the loss gathers
+    assert negatives_method(source, tmp_path / "ranks", negatives.SIMCLR, 16, 32).criterion.rows == 8
     whole = negatives_method(source, tmp_path / "whole", negatives.SIMCLR, 64, 32)
     assert not isinstance(whole.criterion, negatives.Parts)
 

@@ -63,7 +63,7 @@ def _section(each, results, left, out):
 
 <!-- {folder.as_posix()}/table.md -->
 
-{(folder / "table.md").read_text(encoding="utf-8")}
+{markdown(*each.table(results))}
 <!-- end -->
 
 ![{each.title}](../{folder.as_posix()}/figure.png)

@@ -138,12 +138,22 @@ def main(studies, arguments=None, prog="all.py"):
     try:
         with cli.one_line(prog):
             options = parse(arguments, prog)
+            for study in studies:
+                find_data(study, options)
             with cli.processes(options.device) as (options.device, options.rank, options.world):
                 for study in studies:
                     run(study, options)
     except SystemExit as ended:
         return ended.code
     return 0
+
+
+def find_data(study, options):
+    """Raise now, not at the first run that needs it, where a data set is not named or its folder is not there."""
+    place = Place(options.out, options.data, options.device)
+    for name in dict.fromkeys(value for case in study.cases(options.scale) for value in case.values() if value in DATA):
+        if not Path(folder := place.pictures(name)).is_dir():
+            raise UsageError(f"--data: expected {name}=FOLDER with train/ and val/, got {folder}, which is no folder")
 
 
 def planned(study, options):

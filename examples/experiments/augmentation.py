@@ -144,6 +144,12 @@ STUDY = Study(
     "| supervised | 75.5 | = baseline | 74.8 | 52.0 | 75.8 | 75.7 | 75.6 | 74.6 |\n\n"
     "On a map of supervised features ten classes of ImageNet are apart without augmentation and with a weak one, and "
     "one cloud with a strong one.",
+    verdict="partly: on the map",
+    found="The map is as published: of the pictures as they are 89.2 in a hundred neighbours share a class, under a weak "
+    "augmentation 75.7, under a strong one 28.2, and the classes are one cloud. The probes do not show that MoCo v2 "
+    "takes strong augmentation better: jitter costs both the same, 87.7 falls to 77.1 and 93.1 to 84.3, since colours "
+    "are much of what tells the tiles of two photographs apart. Small crops cost both little, 83.2 to 80.3 and 88.6 to "
+    "86.2: of a texture even a tenth is the texture.",
     cases=cases,
     measure=measure,
     table=table,

@@ -25,6 +25,7 @@ demo-methods: .venv/.examples .venv/.fastcl ## the demo with every method, side 
 	$(PY) examples/demo.py --out results/demo-methods --methods
 
 experiments: .venv/.peers .venv/.fastcl ## what is left of the papers' experiments; OUT=FOLDER for results of one's own, SMOKE=1 to try
+	$(if $(SMOKE),rm -rf results/experiments-smoke)
 	$(PY) examples/experiments/all.py $(if $(SMOKE),--smoke) $(if $(OUT),--out $(OUT))
 
 test: .venv/.peers .venv/.fastcl ## run the tests on all cores, list the skipped ones with reasons
@@ -56,7 +57,7 @@ gpu: ## tests, tuning and benchmarks on this machine's GPU, with its own python3
 
 clean: ## remove environments, builds and results
 	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .benchmarks fastcl/_C*.so fastcl/_C_build.json
-	find results -mindepth 1 -maxdepth 1 ! -name experiments -exec rm -rf {} + # those are committed
+	find results -mindepth 1 -maxdepth 1 ! -name 'experiments*' -exec rm -rf {} + # committed, or days of work
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp file per step, so that a changed pin or source repeats that step alone.

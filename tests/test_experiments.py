@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from trainer_cases import ENVIRONMENT, EXAMPLES, one_thread, picture_folder  # n
 
 from experiments import all as everything
 from experiments import datasets, page, rand_bit, results, study, training
-from simclr import methods
+from simclr import cli, methods
 from simclr.errors import UsageError
 
 SHORT = dict(training.DESK, width=2, batch=16, steps=2)
@@ -197,6 +198,31 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, capfd):
     assert message in error.splitlines()[-1] and "Traceback" not in error
 
 
+@pytest.mark.parametrize("arguments, name", [
+    ([], "experiments"), (["--scale", "paper"], "experiments-paper"), (["--smoke"], "experiments-smoke"),
+    (["--seeds", "1"], "experiments-own"), (["--set", "steps=50"], "experiments-own"),
+    (["--scale", "paper", "--smoke", "--set", "steps=50"], "experiments-paper-smoke-own"),
+])
+def test_only_a_plain_run_writes_where_the_pages_results_are(arguments, name):
+    assert study.parse(arguments, "test").out == Path("results") / name
+
+
+def test_a_figure_of_other_settings_gives_way(tmp_path):
+    each = toy(measured)
+    changing = replace(each, figure=lambda found: str(len(found.records)).encode())
+    for arguments in ([], ["--seeds", "1"], []):
+        study.run(changing, options(tmp_path, *arguments))
+        runs = 3 if arguments else 6
+        assert (tmp_path / "toy" / "figure.png").read_bytes() == str(runs).encode()
+
+
+def test_settings_that_a_later_experiment_refuses_are_refused_before_the_first_one(tmp_path, capfd):
+    arguments = ["--set", "batch=64", "--out", str(tmp_path / "out")]
+    assert study.main(everything.studies(["rand_bit", "batch_size"]), arguments) == 2
+    assert "the same in all runs of batch_size, got batch" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_later_experiment_lacks_is_said_before_the_first_one(tmp_path, capfd):
     folders = [f"{name}={tmp_path}" for name in ("mnist", "cifar10")]
     arguments = ["--scale", "paper", "--data", *folders, "--out", str(tmp_path / "out")]
@@ -305,8 +331,19 @@ def test_the_page_is_that_of_the_committed_runs(monkeypatch):
             continue
         shown = results.markdown(*each.table(found))
         assert (out / each.name / "table.md").read_text(encoding="utf-8") == shown, each.name
-        for number in re.findall(r"\d+\.\d+", re.sub(r"(temperature|weight) [\d.]+", "", each.found)):
-            assert number in shown, f"{each.name}: {number} is not in its table"
+        assert each.found and page.discussed(each, shown, study.Options(out=out)), each.name
+
+
+def test_what_is_said_of_a_desk_is_not_said_of_other_results(tmp_path):
+    each = toy(measured, verdict="yes", found="It is so: 10.5.")
+    study.run(each, options(tmp_path))
+    assert "It is so: 10.5." in page.text([each], options(tmp_path))
+    for wrong in ("It is so: 0.5.", "It is so: 10.55."):
+        other = toy(measured, verdict="yes", found=wrong)
+        text = page.text([other], options(tmp_path))
+        assert "| not discussed |" in text and other.found not in text
+    paper = options(tmp_path, "--scale", "paper")
+    assert each.found not in (text := page.text([each], paper)) and "toy.py --scale paper`" in text
 
 
 def test_every_experiment_is_in_the_list():
@@ -317,6 +354,25 @@ def test_every_experiment_is_in_the_list():
         assert each.cases("desk") and each.cases("paper") and each.name in everything.NAMES
         assert len({json.dumps(case) for case in each.cases("desk")}) == len(each.cases("desk"))
         assert json.loads(json.dumps(each.cases("desk"))) == each.cases("desk"), each.name
+
+
+class ManyPictures:
+    labels = torch.arange(1000)
+
+    def __len__(self):
+        return 60_000
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+@pytest.mark.parametrize("name", everything.NAMES)
+def test_the_trainer_takes_the_published_sizes_on_so_many_gpus(name, world):
+    each, = everything.studies([name])
+    source = SimpleNamespace(train=ManyPictures(), test=ManyPictures())
+    for case in each.cases("paper"):
+        found = training.chosen(case, "pictures", "--no-probe")
+        splits, found.bn_splits = found.bn_splits, training.splits_of_a_rank(found.bn_splits, world)
+        cli._check(found, source, world)
+        assert found.bn_splits == 1 if splits == 1 else found.bn_splits * world == max(splits, 2 * world)
 
 
 def test_a_data_set_that_is_not_named(tmp_path):

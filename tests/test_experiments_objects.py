@@ -79,8 +79,8 @@ def test_a_run_is_decided_by_its_case_and_seed(experiment, tmp_path):
 def test_the_settings_of_every_case_are_the_trainers(experiment, scale):
     for case in experiment.cases(scale):
         parsed = settings.parse(["pictures", *training.arguments(case["train"])], "test")
-        assert parsed.arch == ("convnet" if scale == "desk" else parsed.arch)
-    assert scale == "desk" or (parsed.arch.startswith("resnet") and parsed.optimizer == "lars")
+        assert (parsed.arch, parsed.optimizer) == ("convnet", "adamw") if scale == "desk" else (
+            parsed.arch.startswith("resnet") and parsed.optimizer == "lars")
 
 
 @pytest.mark.parametrize("experiment, name, change", [

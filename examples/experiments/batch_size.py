@@ -93,6 +93,11 @@ STUDY = Study(
 | | 1024 | 67.0 | 69.0 | 70.4 | 70.9 |
 | | 2048 | 67.0 | 69.3 | 70.4 | 71.3 |
 """,
+    verdict="yes, up to a batch of 256",
+    found="From 32 to 256 pictures nothing changes that the three seeds could tell: with a head of two layers and 60 "
+    "epochs 52.3, 53.1, 49.8 and 53.1. With 512 the probe is the lowest in every row, 47.3 in this one: an epoch has "
+    "two or three such steps. The longer training counts for more, 39.8 to 52.3 at a batch of 32. A third layer costs "
+    "something instead of adding to it.",
     cases=cases,
     measure=measure,
     table=table,

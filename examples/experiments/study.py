@@ -99,8 +99,8 @@ def parse(arguments, prog):
     reader.add_argument("--smoke", action="store_true", help=f"a step of {SMOKE_SHARE}, one seed: whether it runs")
     reader.add_argument("--data", nargs="+", default=[], metavar="NAME=FOLDER", help="mnist, cifar10 or imagenet, as a "
                         "folder with train/ and val/ and in these one folder a class")
-    reader.add_argument("--out", type=Path, help="folder for what comes out; default: results/experiments, with the "
-                        "scale in its name unless it is desk")
+    reader.add_argument("--out", type=Path, help="folder for what comes out; default: results/experiments, with what "
+                        "differs from a plain run at a desk in its name")
     reader.add_argument("--seeds", type=COUNT, help="as many as the experiment has by default, or fewer or more")
     reader.add_argument("--jobs", type=COUNT, help="runs at a time; default: one for every core, of a GPU one")
     reader.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="settings of the trainer in the "
@@ -117,6 +117,7 @@ def parse(arguments, prog):
         pairs[option] = dict(text.split("=", 1) for text in getattr(found, option))
     given = {name: _number_or_text(value) for name, value in pairs["set"].items()}
     kinds = [found.scale] * (found.scale != "desk") + ["smoke"] * found.smoke
+    kinds += ["own"] * bool(given or found.seeds)  # and never in the place of the results that belong to the page
     out = found.out or Path("-".join(["results/experiments", *kinds]))
     alone = cli.find_device(found.device).type == "cuda" or dist.is_torchelastic_launched()
     if dist.is_torchelastic_launched() and (found.jobs or 1) > 1:
@@ -138,8 +139,9 @@ def main(studies, arguments=None, prog="all.py"):
     try:
         with cli.one_line(prog):
             options = parse(arguments, prog)
-            for study in studies:
+            for study in studies:  # before the first run what hours later would end the last one
                 find_data(study, options)
+                planned(study, options)
             with cli.processes(options.device) as (options.device, options.rank, options.world):
                 for study in studies:
                     run(study, options)
@@ -149,7 +151,7 @@ def main(studies, arguments=None, prog="all.py"):
 
 
 def find_data(study, options):
-    """Raise now, not at the first run that needs it, where a data set is not named or its folder is not there."""
+    """Raise where a data set is not named or its folder is not there."""
     place = Place(options.out, options.data, options.device)
     for name in dict.fromkeys(value for case in study.cases(options.scale) for value in case.values() if value in DATA):
         if not Path(folder := place.pictures(name)).is_dir():
@@ -190,12 +192,13 @@ def run(study, options):
             append(path, json.dumps(record))
     if options.rank == 0:
         results, _ = kept(study, options)
-        table = markdown(*study.table(results))
-        (path.parent / "table.md").write_text(table, encoding="utf-8")
-        if left or not (path.parent / "figure.png").exists():
-            (path.parent / "figure.png").write_bytes(study.figure(results))
+        table, written, drawn = markdown(*study.table(results)), path.parent / "table.md", path.parent / "figure.png"
+        # A figure is drawn anew where it is of other runs: those of other settings may be in the same file.
+        if left or not drawn.exists() or not written.exists() or written.read_text(encoding="utf-8") != table:
+            drawn.write_bytes(study.figure(results))
+        written.write_text(table, encoding="utf-8")
         new = "" if left else ", all of them kept from before (--out for your own)"
-        print(f"\n{study.title}: {len(results.records)} runs{new}\n\n{table}\n{path.parent / 'figure.png'}\n")
+        print(f"\n{study.title}: {len(results.records)} runs{new}\n\n{table}\n{drawn}\n")
 
 
 def _path(study, options):

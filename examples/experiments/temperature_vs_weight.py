@@ -34,7 +34,7 @@ EDGES = [number / 4 for number in range(-16, 17)]  # of its bins; the outer ones
 TRAIN = {
     "desk": dict(training.DESK, steps=400, head_layers=2, head_out=128),
     "paper": dict(arch="resnet18", batch=128, epochs=200, optimizer="lars", lr=0.2, warmup=0.05, head_layers=2,
-                  head_out=64),
+                  head_out=64, strength=0.5),
 }
 
 
@@ -47,7 +47,7 @@ def cases(scale):
 
 
 def measure(case, seed, place):
-    source = training.pictures(case, place)
+    source = training.pictures(case, place, seed)
     trainer = (training.train if case["weight"] else training.untrained)(case, seed, place, source)
     features = trainer.features()
     if trainer.rank:

@@ -15,7 +15,7 @@ from simclr import cli, data, methods, model, probe, settings
 DESK = dict(arch="convnet", width=8, batch=128, steps=500, lr=2e-3, warmup=0.05, augment="device", workers=0)
 DIGIT, CANVAS = 14, 32  # pixels, of `pictures` at a desk
 UNTRAINED, SUPERVISED = "untrained", "supervised"  # what a case's "method" may be, beside those of the trainer
-# MoCo v2 on digits, and on ImageNet as P2 has it: 8 parts of a batch keep their batch norms apart, on one GPU or eight.
+# MoCo v2 on digits, and on ImageNet as P2 has it, whose 8 GPUs keep their batch norms apart: as many parts of a batch.
 MOCO = {
     "desk": dict(DESK, method="moco-v2", queue=1024, momentum=0.99),
     "paper": dict(arch="resnet50", method="moco-v2", batch=256, epochs=100, optimizer="sgd", lr=0.03, warmup=0,
@@ -49,6 +49,14 @@ def pictures(case, place, seed=0):
     return folder_source(case, place)
 
 
+def splits_of_a_rank(splits, world):
+    """The trainer's `--bn-splits`, parts of a rank's share, for `splits` parts of a batch.
+
+    Two of them or more: with one the norms of all ranks are joined, and what one says of a key is no secret.
+    """
+    return splits if splits == 1 else max(2, splits // world)
+
+
 def prepare(case, seed, place, source, build=methods.build):
     """The trainer before its first step, or where its last checkpoint was; `build` makes its method.
 
@@ -56,6 +64,7 @@ def prepare(case, seed, place, source, build=methods.build):
     """
     found = chosen(case, "pictures", "--seed", str(seed), "--no-probe", "--quiet", "--resume",
                    "--checkpoint-every", "2000", "--out", str(place.folder))
+    found.bn_splits = splits_of_a_rank(found.bn_splits, place.world)
     return cli.prepare(found, source, place.device, place.rank, place.world, build)
 
 

@@ -146,11 +146,11 @@ STUDY = Study(
     "one cloud with a strong one.",
     verdict="no; on the map it does",
     found="The map is as published: of the pictures as they are 89.2 in a hundred neighbours share a class, under a "
-    "weak augmentation 75.7, under a strong one 28.2, and the classes are one cloud, to a network that was trained with the "
-    "weakest jitter. The probes say the opposite of what was published: there MoCo v2 gains from jitter, here it loses "
-    "by it, 87.7 to 77.1, and no less than supervised training, 93.1 to 84.3. Colours are much of what tells the tiles "
-    "of two photographs apart. Small crops cost both little, 83.2 to 80.3 and 88.6 to "
-    "86.2: of a texture even a tenth is the texture.",
+    "weak augmentation 75.7, under a strong one 28.2, and the classes are one cloud, to a network that was trained "
+    "with the weakest jitter. The probes say the opposite of what was published: there MoCo v2 gains from jitter, "
+    "here it loses by it, 87.7 to 77.1, and no less than supervised training, 93.1 to 84.3. Colours are much of what "
+    "tells the tiles of two photographs apart. Small crops cost both little, 83.2 to 80.3 and 88.6 to 86.2: of a "
+    "texture even a tenth is the texture.",
     cases=cases,
     measure=measure,
     table=table,

@@ -122,11 +122,11 @@ a third layer of the head takes it from 1.8 to 0.5 at 100 epochs and from 1.2 to
     figure=figure,
     verdict="hardly: the order of the losses does",
     found="After 1000 steps the order of the losses is that of P1's first hundred epochs of CIFAR-10: the decoupled "
-    "loss before NT-Xent, then SWD to the hypersphere, to the normal and to the hypercube. After 250 steps a deeper head "
-    "seems to bring them closer, 15.6 points, 13.2 and 9.1, by as much as seeds differ; after 1000 it hardly does, "
-    "21.4 to 19.6. A training four times as long does not bring them closer but apart: a desk's training ends where "
-    "the published one has hardly begun, and no loss was tuned, where P1 tunes every one. And here a head of one layer "
-    "is best for every loss at 1000 steps.",
+    "loss before NT-Xent, then SWD to the hypersphere, to the normal and to the hypercube. After 250 steps a deeper "
+    "head seems to bring them closer, 15.6 points, 13.2 and 9.1, by as much as seeds differ; after 1000 it hardly "
+    "does, 21.4 to 19.6. A training four times as long does not bring them closer but apart: a desk's training ends "
+    "where the published one has hardly begun, and no loss was tuned, where P1 tunes every one. And here a head of "
+    "one layer is best for every loss at 1000 steps.",
 )
 
 if __name__ == "__main__":

@@ -156,9 +156,10 @@ STUDY = Study(
     verdict="yes, but without an MLP head too",
     found="MoCo v2 has 34.3 with 16 negatives and 37.5 with 1024, which three seeds do not tell apart, and with hard "
     "negatives it is likewise. InstDisc gains a little with each step, 20.6 to 24.5, MoCo from 25.3 to 29.1; SimCLR "
-    "has 46.1 with 16 rows, 52.4 with 64 and no more with all. In the ablation a linear head costs nothing, 37.2 and 41.3, and a momentum of 0.5 something with 1024 negatives, 32.9, but nothing that seeds tell "
-    "apart with 16, 34.8; in P2 both cost more with few. Two rows of P2's have no run here: small digits are never "
-    "blurred, and the trainer has no other schedule than the cosine.",
+    "has 46.1 with 16 rows, 52.4 with 64 and no more with all. In the ablation a linear head costs nothing, 37.2 and "
+    "41.3, and a momentum of 0.5 something with 1024 negatives, 32.9, but nothing that seeds tell apart with 16, "
+    "34.8; in P2 both cost more with few. Two rows of P2's have no run here: small digits are never blurred, and the "
+    "trainer has no other schedule than the cosine.",
     cases=cases,
     measure=measure,
     table=table,

@@ -124,6 +124,13 @@ STUDY = Study(
     "ResNet-18 after 200 epochs and by histograms of randomly projected representations of CIFAR-10's test set: it is "
     "enough to tune one of them. P1 also says that a higher temperature acts like a larger weight. By the formula it "
     "acts like a smaller one: rows are pushed apart with weight / temperature. (Figures without numbers in the text.)",
+    verdict="yes: the best lie along a diagonal",
+    found="The best pairs lie along a diagonal: 43.6 at temperature 0.05 with weight 0.05, 49.7 at 0.2 with 0.2, 53.4 "
+    "at 0.5 with 3.2, 55.4 at 1 with 12.8. So tuning one of them is enough, and a higher temperature asks for a "
+    "larger weight, as the formula says. Beyond the diagonal, with too much weight for a temperature, rows follow the "
+    "prior, at temperature 0.05 and weight 12.8 to a distance of 0.15 where rows drawn from it have 0.09, and say "
+    "less of the digit than an untrained encoder's, 12.7 against 19.5; below it they fall onto few spots, a distance "
+    "of up to 1.14.",
     cases=cases,
     measure=measure,
     table=table,

@@ -33,27 +33,27 @@ published sizes were never run here."""
 
 def text(studies, options):
     """Markdown of all experiments with results in the folder `options.out`, which the page names as it is here."""
-    found = [(each, *kept(each, options)) for each in studies]
-    found = [(each, results, len(left)) for each, results, left in found if results.records]
-    desk = options.scale == "desk"
+    sections, summary, jobs, desk = [], [], set(), options.scale == "desk"
+    for each in studies:
+        results, left = kept(each, options)
+        if results.records:
+            table = markdown(*each.table(results))
+            own = discussed(each, table, options)
+            sections.append(_section(each, results, len(left), table, own, options))
+            summary.append([f"[{each.name}](#{_anchor(each)})", each.title, each.source,
+                            each.verdict if own else "not discussed", _minutes(results)])
+            jobs |= {str(record["jobs"]) for record in results.records}
     head = INTRODUCTION.format(
         where="at a desk" if desk else "at the published sizes", desk=DESK if desk else "",
-        jobs=" or ".join(sorted({str(record["jobs"]) for _, results, _ in found for record in results.records})))
-    return "\n".join([head, _summary(found, options), *(_section(*each, options) for each in found)])
+        jobs=" or ".join(sorted(jobs)))
+    titles = ["experiment", "finding", "source", "shows here", "minutes"]
+    return "\n".join([head, markdown(titles, *summary), *sections])
 
 
 def discussed(each, table, options):
     """Whether what is said of an experiment is said of this table: of a desk's, with every figure that is named."""
     named, shown = (set(re.findall(r"\d+\.\d+", part)) for part in (each.found, re.sub(r"± \S+", "", table)))
     return options.scale == "desk" and named <= shown
-
-
-def _summary(found, options):
-    rows = []
-    for each, results, _ in found:
-        verdict = each.verdict if discussed(each, markdown(*each.table(results)), options) else "not discussed"
-        rows.append([f"[{each.name}](#{_anchor(each)})", each.title, each.source, verdict, _minutes(results)])
-    return markdown(["experiment", "finding", "source", "shows here", "minutes"], *rows)
 
 
 def _anchor(each):
@@ -65,12 +65,13 @@ def _minutes(results):
     return f"{results.seconds / 60:.0f}" if results.seconds >= 60 else "under 1"
 
 
-def _section(each, results, left, options):
-    folder, count, table = options.out / each.name, len(results.records), markdown(*each.table(results))
+def _section(each, results, left, table, own, options):
+    """Of one experiment with its `table`; what is said of it where that is its `own`."""
+    folder, count = options.out / each.name, len(results.records)
     runs = f"{count} of {count + left} runs" if left else f"{count} runs"
     seeds = f"{results.seeds} seeds" if results.seeds > 1 else "one seed"
     scale = "" if options.scale == "desk" else f" --scale {options.scale}"
-    here = f"\n**Here.** {each.found}\n" if discussed(each, table, options) else ""
+    here = f"\n**Here.** {each.found}\n" if own else ""
     return f"""## {each.title}
 
 `python examples/experiments/{each.name}.py{scale}`: {runs}, {seeds}, {_minutes(results)} min.

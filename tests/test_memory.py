@@ -13,15 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from error_rule import check
-from fastcl import (
-    InstanceDiscrimination,
-    MemoryBank,
-    Queue,
-    info_nce,
-    instance_discrimination_loss,
-    reference,
-    sample_hard_negatives,
-)
+from fastcl import InstanceDiscrimination, MemoryBank, Queue, info_nce, instance_discrimination_loss, reference
+from fastcl import sample_hard_negatives
 from fastcl.ops import chunked
 
 N, D, K = 6, 8, 16

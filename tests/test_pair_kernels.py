@@ -1,7 +1,5 @@
 """The Triton kernels of pairs that ids choose, of rows and columns at once, of softplus and of statistics, op by op
-against the materialising twins of fastcl.reference in float64.
-
-Without a GPU the same kernels run through Triton's interpreter.
+against the materialising twins of fastcl.reference in float64. Without a GPU they run through Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -59,9 +59,8 @@ def spec_forward(a, b, scale, offset, pair, *, ids_a=None, ids_b=None, same="kee
 
 
 def spec_backward(a, b, scale, offset, pair, lse_a, lse_b, w_a, w_b, pull_a, pull_b, **ids):
-    return reference.similarity_lse_backward(
-        a, b, scale, offset, lse_a, lse_b, w_a, w_b, pair, pull_a=pull_a, pull_b=pull_b, **ids
-    )
+    pulls = {"pull_a": pull_a, "pull_b": pull_b}
+    return reference.similarity_lse_backward(a, b, scale, offset, lse_a, lse_b, w_a, w_b, pair, **pulls, **ids)
 
 
 def compare_lse(ops, a, b, scale, bound, offset, ids, pair=0, columns=False):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from mutant import PAIR_KERNELS, PAIR_LOSSES, PAIR_OPS, Mutant
 
-RECTANGLE = PAIR_OPS + "test_lse_of_rectangles"
-SYMMETRIC = PAIR_OPS + "test_lse_of_the_rows_themselves"
+RECTANGLE, SYMMETRIC = PAIR_OPS + "test_lse_of_rectangles", PAIR_OPS + "test_lse_of_the_rows_themselves"
 SOFTPLUS = PAIR_OPS + "test_softplus"
 
 # Neighbours share a file, as in native.py.
